@@ -1,0 +1,304 @@
+"""Fine-tune page: zeroth-order fine-tuning of one layer or the whole model, live."""
+
+import re
+
+import streamlit as st
+
+from pages.parts import curve, history, launch, run_view
+from pages.parts.choice import Choice, current, describe, line
+from pages.parts.forms import data_folder, task_picker
+from pages.parts.words import count, duration, plain
+from zo_core import export, plots
+from zo_core.jobs import TuneJob, command_line, recommended_lr
+
+SCOPES = {"auto": "Dominant layer (auto)", "layer": "One layer", "full": "All layers"}
+FIELDS = TuneJob.model_fields
+
+
+def adopt_link() -> None:
+    """Fill in the scope that a link or a button of another page carries, once."""
+    scope = st.query_params.get("scope")
+    if scope is None:
+        return
+    del st.query_params["scope"]
+    layer = re.fullmatch(r"layer:(\d{1,5})", scope)
+    if layer:
+        st.session_state["tune_scope"] = "layer"
+        st.session_state["tune_layer"] = int(layer[1])
+    elif scope in ("full", "layer:auto"):
+        st.session_state["tune_scope"] = "full" if scope == "full" else "auto"
+    st.session_state["tune_form_open"] = True
+
+
+def pick_scope(choice: Choice) -> str:
+    """What is tuned, with what the latest scan says about it."""
+    info, _ = describe(choice)
+    found, scan = history.outlier_layer(choice)
+    n_layers = info.n_layers if info else None
+    st.session_state.setdefault("tune_scope", "auto")
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        kind = st.segmented_control(
+            "Scope",
+            list(SCOPES),
+            format_func=SCOPES.get,
+            key="tune_scope",
+            required=True,
+            persist_state="session",
+        )
+        if kind == "layer":
+            st.session_state.setdefault("tune_layer", found or 0)
+            layer = st.number_input(
+                "Layer (0-based)", step=1, key="tune_layer", width=160, persist_state="session"
+            )
+    if kind == "full":
+        st.caption("Every parameter of the model is perturbed and updated.")
+        return "full"
+    if kind == "layer":
+        if layer is None:
+            return "layer:"
+        if n_layers and not 0 <= layer < n_layers:
+            st.warning(f"This model has layers 0 to {n_layers - 1}: there is no layer {layer}.")
+        elif n_layers:
+            mark = ", the first outlier layer of the latest scan" if layer == found else ""
+            st.caption(f"{plots.layer_name(layer, n_layers).capitalize()}{mark}.")
+        return f"layer:{layer}"
+    if found is not None:
+        name = plots.layer_name(found, n_layers or found + 1)
+        st.caption(f"The latest scan of this model names **{name}**.")
+    elif scan is not None:
+        st.caption("The latest scan names no first outlier layer: choose a layer yourself.")
+    else:
+        st.caption("The run scans the model first and tunes the first outlier layer.")
+    return "layer:auto"
+
+
+def integers(values: dict, names: dict[str, str], width: int = 150) -> None:
+    """Number fields of a job spec, by field name and label."""
+    for name, label in names.items():
+        values[name] = st.number_input(
+            label,
+            value=FIELDS[name].default,
+            step=1,
+            key=f"tune_{name}",
+            width=width,
+            help=FIELDS[name].description,
+            persist_state="session",
+        )
+
+
+def form(choice: Choice) -> None:
+    """The fields of a tuning run: the usual ones, then the rest."""
+    scope = pick_scope(choice)
+    values: dict = {"scope": scope}
+    with st.container(horizontal=True):
+        values["task"] = task_picker("tune")
+        integers(values, {"steps": "Steps", "batch_size": "Batch size", "seed": "Seed"})
+        values["lr"] = st.number_input(
+            "Learning rate",
+            value=None,
+            step=1e-6,
+            format="%g",
+            key="tune_lr",
+            width=200,
+            placeholder=f"{recommended_lr(choice.model, scope):g} (recommended)",
+            help="Empty: the recommended rate",
+            persist_state="session",
+        )
+        values["eps"] = st.number_input(
+            "eps",
+            value=FIELDS["eps"].default,
+            step=1e-4,
+            format="%g",
+            key="tune_eps",
+            width=150,
+            help="Perturbation scale",
+            persist_state="session",
+        )
+    with st.expander("More settings", key="tune_more"), st.container(horizontal=True):
+        integers(
+            values,
+            {
+                "eval_every": "Evaluate every (steps)",
+                "checkpoint_every": "Checkpoint every (steps)",
+                "train_examples": "Training rows",
+                "eval_examples": "Validation rows",
+            },
+            width=190,
+        )
+        values["weight_decay"] = st.number_input(
+            "Weight decay",
+            value=0.0,
+            step=0.01,
+            format="%g",
+            key="tune_weight_decay",
+            width=150,
+            persist_state="session",
+        )
+        values["noise"] = st.selectbox(
+            "Distribution of z",
+            ["gaussian", "rademacher"],
+            key="tune_noise",
+            width=170,
+            persist_state="session",
+        )
+        values["path"] = st.selectbox(
+            "Forward path",
+            ["auto", "fast", "reference"],
+            key="tune_path",
+            width=170,
+            help="fast: cached frozen prefix; reference: as the papers do",
+            persist_state="session",
+        )
+        values["data_dir"] = data_folder("tune")
+    launch.launch_row(TuneJob, values | choice.fields(), "Fine-tune", key="start_tune")
+
+
+def facts(entry: history.Entry, metrics: curve.Curve) -> None:
+    """Accuracy and loss before and after, speed, time left."""
+    status, summary = entry.status, entry.summary
+    evaluations = metrics.evals
+    before = summary.get("before") or status.details.get("before") or evaluations.get(0)
+    last = max(evaluations, default=0)
+    after = summary.get("after") or (evaluations[last] if last else None)
+    speed = summary.get("steps_per_second") or metrics.speed()
+    left = f"{(status.total - status.step) / speed:.0f}" if speed and status.live else None
+    with st.container(horizontal=True, key="tune_facts"):
+        for key, title, text in (
+            ("accuracy", "Validation accuracy", lambda e: history.accuracy(e)),
+            ("loss", "Validation loss", lambda e: plots.number(e["loss"]) if e.get("loss") else ""),
+        ):
+            shown = after or before
+            delta = None
+            if after and before and after.get(key) is not None and before.get(key) is not None:
+                gain = after[key] - before[key]
+                delta = f"{100 * gain:+.1f} points" if key == "accuracy" else f"{gain:+.3f}"
+            start = text(before) if before else ""
+            value = (
+                f"{start} → {text(after)}" if after and before else (text(shown) if shown else "…")
+            )
+            st.metric(
+                title,
+                value or "…",
+                delta=delta,
+                border=True,
+                width=230,
+                height="stretch",
+                delta_color="normal" if key == "accuracy" else "inverse",
+            )
+        st.metric("Steps a second", plots.number(speed) if speed else "…", border=True, width=150, height="stretch")
+        if status.live:
+            st.metric("Time left", duration(float(left)) if left else "…", border=True, width=150, height="stretch")
+        elif summary.get("seconds"):
+            st.metric("Time", duration(summary["seconds"]), border=True, width=150, height="stretch")
+        passes = metrics.columns["forward_passes"]
+        st.metric("Forward passes", f"{passes[-1]:,.0f}" if passes else "0", border=True, width=150, height="stretch")
+    notes = [f"scope {entry.scope}"]
+    tuned = summary.get("tuned_parameters") or status.details.get("tuned_parameters")
+    if tuned:
+        notes.append(f"{count(tuned)} tuned parameters")
+    lr = summary.get("lr") or status.details.get("lr") or entry.job.effective_lr
+    notes.append(f"learning rate {lr:g}")
+    path = summary.get("path") or status.details.get("path")
+    if path:
+        reason = summary.get("path_reason")
+        notes.append(f"{path} path" + (f" ({reason})" if reason else ""))
+    st.caption(plain(" · ".join(notes)))
+
+
+def show(entry: history.Entry) -> None:
+    """A tuning run, live or ended."""
+    metrics = curve.curve(entry.run)
+    facts(entry, metrics)
+    if not len(metrics):
+        if entry.status.live:
+            st.caption("The curve appears with the first step.")
+        return
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        axis = st.segmented_control(
+            "X-axis",
+            list(plots.AXES),
+            format_func=plots.AXES.get,
+            default="step",
+            key="curve_axis",
+            required=True,
+            persist_state="session",
+        )
+        span = st.select_slider(
+            "Smoothing (steps)",
+            [1, 5, 10, 20, 50, 100, 200, 500],
+            value=50,
+            key="curve_span",
+            width=240,
+            persist_state="session",
+        )
+    figure = plots.loss_curve(
+        metrics.steps, metrics.evaluations, axis, span, f"{entry.run_id}-{axis}"
+    )
+    st.plotly_chart(figure, key="loss_chart", alt="Training loss and validation accuracy")
+    downloads(entry, figure)
+
+
+def downloads(entry: history.Entry, figure: object) -> None:
+    """Metrics, checkpoint and figure."""
+    run = entry.run
+    checkpoint = run.path / "checkpoint.safetensors"
+    with st.container(horizontal=True, key="tune_downloads"):
+        st.download_button(
+            "metrics.csv",
+            lambda: export.csv_bytes(export.metrics_table(run.read_metrics()[0])),
+            f"{run.run_id}-metrics.csv",
+            "text/csv",
+            key="download_metrics",
+            icon=":material/download:",
+            on_click="ignore",
+            help="Every step and evaluation",
+        )
+        if checkpoint.is_file():
+            st.download_button(
+                "checkpoint.safetensors",
+                checkpoint.read_bytes,
+                f"{run.run_id}.safetensors",
+                "application/octet-stream",
+                key="download_checkpoint",
+                icon=":material/download:",
+                on_click="ignore",
+                help="The tuned tensors in float32",
+            )
+        st.download_button(
+            "Figure (HTML)",
+            lambda: export.html_bytes(
+                f"Fine-tuning of {entry.job.model}",
+                [("Loss and accuracy", figure)],
+                [f"Run {run.run_id}, scope {entry.scope}. {entry.key_result}"],
+                command_line(entry.job),
+            ),
+            f"{run.run_id}.html",
+            "text/html",
+            key="download_html",
+            icon=":material/download:",
+            on_click="ignore",
+        )
+
+
+st.title("Fine-tune", anchor=False)
+st.markdown(
+    "Zeroth-order SGD estimates the gradient from two forward passes a step, without "
+    "backpropagation. Tuning the dominant layer alone is often as good as tuning all layers, and "
+    "faster."
+)
+adopt_link()
+choice = current()
+line(choice)
+shown = run_view.pick("tune", choice)
+opened = shown is None or st.session_state.pop("tune_form_open", False)
+with st.expander("New run", expanded=opened, icon=":material/add:", key=f"new_tune_{opened}"):
+    form(choice)
+if shown is None:
+    if "run" not in st.query_params:
+        st.info(
+            "No fine-tuning run of this model yet. The defaults are good: press **Fine-tune** "
+            "above.",
+            icon=":material/arrow_upward:",
+        )
+else:
+    run_view.follow(shown, show)

@@ -1,0 +1,290 @@
+"""Model page: the way through the app, and which model to look at in which precision."""
+
+import socket
+
+import pandas as pd
+import psutil
+import streamlit as st
+
+from pages.parts import history, launch, run_view
+from pages.parts.choice import Choice, current, describe, remember
+from pages.parts.routes import PAGES
+from pages.parts.words import count, plain, size
+from zo_core import backend
+from zo_core.jobs import LoadJob, UnloadJob
+from zo_core.models.catalog import ModelInfo
+from zo_core.models.memory import MemoryEstimate, estimate
+from zo_core.plots import layer_name
+
+SOURCES = {"bundled": "Bundled demo", "hub": "Hugging Face hub", "local": "Local folder"}
+DTYPES = ("float32", "bfloat16", "float16")
+USES = {
+    "weights": "Weights",
+    "scan": "Scan",
+    "probe": "Probe",
+    "tune_layer": "Tune one layer",
+    "tune_full": "Tune all layers",
+}
+
+
+def steps(choice: Choice, info: ModelInfo | None) -> None:
+    """The three steps of the work on the chosen model, each with what is known so far."""
+    n_layers = info.n_layers if info else 0
+    layer, scan = history.outlier_layer(choice)
+    probe = history.of_model("probe", choice, done=True)
+    tune = history.of_model("tune", choice, done=True)
+    if scan is None:
+        found = "Find the layer where massive activations first appear. Takes seconds."
+    elif layer is None:
+        found = "Scanned: no first outlier layer by the emergence rule."
+    else:
+        found = f"First outlier layer: **{layer_name(layer, n_layers or layer + 1)}**"
+    sensitive = (probe.summary.get("most_sensitive_layer")) if probe else None
+    cards = (
+        ("1 · Scan", "outliers", "Outliers", found, scan),
+        (
+            "2 · Probe",
+            "sensitivity",
+            "Sensitivity",
+            "Perturb one layer at a time and measure how much the loss moves."
+            if sensitive is None
+            else f"Most sensitive: **{layer_name(sensitive, n_layers or sensitive + 1)}**",
+            probe,
+        ),
+        (
+            "3 · Tune",
+            "fine_tune",
+            "Fine-tune",
+            "Tune the dominant layer with zeroth-order SGD: forward passes only."
+            if tune is None
+            else f"{tune.scope}: {tune.key_result}",
+            tune,
+        ),
+    )
+    upcoming = next((i for i, card in enumerate(cards) if card[4] is None), None)
+    for i, (column, (title, page, label, text, entry)) in enumerate(
+        zip(st.columns(3), cards, strict=True)
+    ):
+        with column.container(border=True, height="stretch", key=f"step_{page}"):
+            st.markdown(f"**{title}**" + (" :green[:material/check:]" if entry else ""))
+            st.markdown(text)
+            if st.button(
+                f"Open {label}",
+                key=f"open_{page}",
+                icon=":material/arrow_forward:",
+                type="primary" if i == upcoming else "secondary",
+            ):
+                st.switch_page(PAGES[page])
+
+
+def pick(choice: Choice) -> Choice:
+    """The fields that name a model; what is typed is kept for all pages."""
+    local = choice.model.startswith(("/", ".", "~"))
+    source = "bundled" if choice.model == "demo" else "local" if local else "hub"
+    seeds = {
+        "model_source": source,
+        "model_hub_id": choice.model if source == "hub" else "",
+        "model_path": choice.model if source == "local" else "",
+        "model_revision": choice.revision or "",
+        "model_dtype": choice.dtype,
+        "model_device": choice.device,
+    }
+    for key, value in seeds.items():
+        st.session_state.setdefault(key, value)
+    source = st.segmented_control(
+        "Source", list(SOURCES), format_func=SOURCES.get, key="model_source", required=True
+    )
+    revision = None
+    if source == "hub":
+        with st.container(horizontal=True):
+            model = st.text_input(
+                "Hub id", key="model_hub_id", placeholder="Qwen/Qwen3-0.6B", max_chars=512
+            )
+            revision = st.text_input(
+                "Revision", key="model_revision", placeholder="main", width=220, max_chars=128
+            )
+    elif source == "local":
+        model = st.text_input(
+            "Folder on the engine's machine",
+            key="model_path",
+            placeholder="/models/llama-2-7b, with config.json and *.safetensors",
+            max_chars=512,
+        )
+    else:
+        model = "demo"
+        st.caption(
+            "A LLaMA-style model of 15 M parameters with 16 layers, trained for this project. It "
+            "has real massive activations and runs on any CPU, offline."
+        )
+    devices = ["auto", "cpu", *sorted({w["device"] for w in _gpus()})]
+    if choice.device not in devices:
+        devices.append(choice.device)
+    with st.container(horizontal=True):
+        dtype = st.selectbox(
+            "Precision",
+            ["auto", *DTYPES],
+            key="model_dtype",
+            width=220,
+            help="auto: float32 on a CPU, bfloat16 on a GPU",
+        )
+        device = st.selectbox(
+            "Device", devices, key="model_device", width=220, help="auto: a GPU if there is one"
+        )
+    return Choice(
+        model=model.strip() or "demo",
+        revision=(revision or "").strip() or None,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _gpus() -> list[dict]:
+    return [w for w in backend.workers() if str(w.get("device", "")).startswith("cuda")]
+
+
+def memory(choice: Choice, info: ModelInfo) -> None:
+    """What each use needs in each precision, against what the worker has free."""
+    gpu = choice.device.startswith("cuda") or (choice.device == "auto" and bool(_gpus()))
+    dtype = choice.dtype if choice.dtype != "auto" else "bfloat16" if gpu else "float32"
+    needs: dict[str, MemoryEstimate] = {d: estimate(info, d) for d in DTYPES}
+    st.dataframe(
+        pd.DataFrame(
+            [
+                {"In total for": title}
+                | {
+                    f"{d} (chosen)" if d == dtype else d: size(getattr(needs[d], use))
+                    for d in DTYPES
+                }
+                for use, title in USES.items()
+            ]
+        ),
+        hide_index=True,
+        key="memory_table",
+    )
+    free = _free(choice, gpu)
+    if free is None:
+        st.caption("How much memory the worker has free is not known yet.")
+        return
+    short = [
+        f"{title.lower()} {size(getattr(needs[dtype], use))}"
+        for use, title in USES.items()
+        if getattr(needs[dtype], use) > free
+    ]
+    if not short:
+        st.caption(f"Everything fits: {size(free)} free on the worker.")
+        return
+    smaller = dtype == "float32" and needs["bfloat16"].weights <= free
+    st.warning(
+        f"Needs more memory than the {size(free)} free on the worker: {', '.join(short)}. "
+        + ("Try bfloat16." if smaller else "Unload other models, or choose a smaller model."),
+        icon=":material/memory:",
+    )
+
+
+def _free(choice: Choice, gpu: bool) -> int | None:
+    """Free memory of the worker that would take the model; its own copy of it counts as free."""
+    for worker in _gpus() if gpu else backend.workers():
+        if choice.device.startswith("cuda:") and worker.get("device") != choice.device:
+            continue
+        free = worker.get("device_memory_free")
+        if not gpu and worker["process"]["host"] == socket.gethostname():
+            free = psutil.virtual_memory().available
+        if free is not None:
+            held = sum(
+                m.get("bytes") or 0
+                for m in worker.get("resident") or []
+                if m.get("model") == choice.model
+            )
+            return free + held
+    return None
+
+
+def architecture(info: ModelInfo) -> None:
+    """What the model is, from its configuration and weight headers."""
+    heads = f"{info.n_heads}" if info.n_heads else "not stated"
+    if info.n_heads and info.n_kv_heads and info.n_kv_heads != info.n_heads:
+        heads += f" (key-value {info.n_kv_heads})"
+    bos = {True: "has one", False: "none", None: "not stated"}[info.has_bos]
+    rows = {
+        "Architecture": f"{info.architecture} ({info.model_type})",
+        "Parameters": f"{info.parameters:,}",
+        "Decoder layers": f"{info.n_layers}, numbered 0 to {info.n_layers - 1}",
+        "Parameters of a layer": f"{info.layer_parameters:,} "
+        f"({100 * info.layer_parameters / info.parameters:.1f} %)",
+        "Hidden size": f"{info.hidden_size:,}",
+        "MLP size": f"{info.intermediate_size:,}" if info.intermediate_size else "not stated",
+        "Attention heads": heads,
+        "Vocabulary": f"{info.vocab_size:,}" + (" (tied)" if info.tied_embeddings else ""),
+        "Context": f"{info.context:,} tokens" if info.context else "not stated",
+        "BOS token": bos,
+        "Stored as": info.stored_dtype,
+        "Read from": info.path,
+    }
+    st.dataframe(
+        pd.DataFrame({"Property": list(rows), "Value": list(rows.values())}),
+        hide_index=True,
+        height="content",
+        key="architecture_table",
+    )
+
+
+def loading(choice: Choice) -> None:
+    """Load and unload, and what is resident."""
+    resident = [m for w in backend.workers() for m in w.get("resident") or []]
+    if resident:
+        st.markdown("Resident on the worker")
+        st.dataframe(
+            pd.DataFrame(
+                [
+                    {
+                        "Model": m.get("model"),
+                        "Revision": m.get("revision") or "",
+                        "Precision": m.get("dtype"),
+                        "Parameters": count(m.get("parameters") or 0),
+                        "Memory": size(m.get("bytes") or 0),
+                    }
+                    for m in resident
+                ]
+            ),
+            hide_index=True,
+            key="resident_table",
+        )
+    else:
+        st.caption("No model is resident. Jobs load the model themselves; loading is optional.")
+    launch.launch_row(LoadJob, choice.fields(), "Load", key="load_model")
+    if resident and st.button("Unload all", key="unload_models", icon=":material/eject:"):
+        launch.submit(UnloadJob())
+    shown = next(iter(history.entries(("load", "unload"))), None)
+    if shown and (shown.status.live or shown.status.state == "failed"):
+        run_view.follow(shown, lambda entry: None, every=0.5)
+
+
+st.title("ZOScope", anchor=False)
+st.markdown(
+    "See which decoder layer dominates zeroth-order fine-tuning of a language model, and tune that "
+    "layer."
+)
+choice = current()
+info, problem = describe(choice)
+steps(choice, info)
+st.header("Model", anchor=False)
+left, right = st.columns(2, gap="large")
+with left, st.container(key="model_picker"):
+    chosen = pick(choice)
+    if chosen != choice:
+        remember(chosen)
+        st.rerun()  # the steps above show the new model
+    if info is not None:
+        st.subheader("Memory needed", anchor=False)
+        memory(choice, info)
+        st.subheader("Load", anchor=False)
+        loading(choice)
+with right:
+    if info is None:
+        st.error(plain(problem), icon=":material/error:")
+    else:
+        st.subheader(
+            f"{plain(choice.label)} · {count(info.parameters)} parameters · {info.n_layers} layers",
+            anchor=False,
+        )
+        architecture(info)

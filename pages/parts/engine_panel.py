@@ -1,0 +1,82 @@
+"""The sidebar's view of the engine: state, device, resident models, running and queued jobs."""
+
+import streamlit as st
+
+from pages.parts import history
+from pages.parts.routes import KIND_TITLES, PAGE_OF_KIND
+from pages.parts.words import count, plain, shorten, size
+from zo_core import backend
+
+BUSY_SECONDS, IDLE_SECONDS = 2.0, 8.0
+ENGINE_STATES = {
+    "idle": ("gray", "not started"),
+    "starting": ("orange", "starting"),
+    "ready": ("green", "ready"),
+    "failed": ("red", "not available"),
+}
+
+
+def engine_panel() -> None:
+    """Draw the panel and keep it fresh: often while something happens, slowly otherwise."""
+    busy = _busy()
+
+    def tick() -> None:
+        _draw()
+        if _busy() != busy:
+            st.rerun()  # the interval is set by the full run
+
+    st.fragment(tick, run_every=BUSY_SECONDS if busy else IDLE_SECONDS)()
+
+
+def _busy() -> bool:
+    return backend.engine_status()[0] == "starting" or bool(history.live())
+
+
+def _draw() -> None:
+    state, sentence = backend.engine_status()
+    colour, word = ENGINE_STATES.get(state, ("gray", state))
+    with st.container(key="engine_panel", gap="small"):
+        st.markdown(f"**Engine** :{colour}[●] {word}")
+        if state == "failed":
+            st.error(sentence)
+        for worker in backend.workers():
+            _worker(worker)
+        jobs = history.live()
+        if jobs:
+            st.markdown("**Jobs**")
+        for entry in jobs:
+            _job(entry)
+
+
+def _worker(worker: dict) -> None:
+    device, name = worker.get("device"), worker.get("device_name")
+    named = dict.fromkeys(word for word in (device, name) if word)
+    lines = [" · ".join(named) or "worker is starting"]
+    total, free = worker.get("device_memory"), worker.get("device_memory_free")
+    if total and free is not None:
+        lines.append(f"{size(total - free)} of {size(total)} device memory in use")
+    if worker.get("worker_memory"):
+        lines.append(f"worker memory {size(worker['worker_memory'])}")
+    resident = worker.get("resident") or []
+    lines += [
+        f"resident: {shorten(str(model.get('model')), 28)} · {model.get('dtype')} · "
+        f"{count(model.get('parameters') or 0)} parameters"
+        for model in resident
+    ]
+    if not resident:
+        lines.append("no model loaded yet: the first job loads it")
+    st.caption("  \n".join(plain(line) for line in lines))
+
+
+def _job(entry: history.Entry) -> None:
+    status = entry.status
+    state = status.state
+    if state == "running" and status.total:
+        state = f"{100 * status.step / status.total:.0f} %"
+    st.page_link(
+        PAGE_OF_KIND[entry.job.kind],
+        label=f"{KIND_TITLES[entry.job.kind]} · {state}",
+        icon=":material/play_circle:" if status.state == "running" else ":material/schedule:",
+        query_params={"run": entry.run_id},
+        help=plain(entry.title) or None,
+    )

@@ -1,0 +1,49 @@
+"""Form fields that several jobs have in common."""
+
+import re
+
+import streamlit as st
+
+from zo_core.tasks.catalog import TASKS
+
+_RANGE = re.compile(r"^(\d{1,5})-(\d{1,5})$")
+
+
+def task_picker(prefix: str) -> str:
+    """The task of a job."""
+    return st.selectbox(
+        "Task",
+        list(TASKS),
+        format_func=lambda task: TASKS[task].title,
+        key=f"{prefix}_task",
+        width=240,
+        persist_state="session",
+    )
+
+
+def data_folder(prefix: str) -> str | None:
+    """The local folder of task data; None if the field is empty."""
+    folder = st.text_input(
+        "Data folder",
+        key=f"{prefix}_data_dir",
+        placeholder="optional: holds <task>/train.jsonl",
+        help="For tasks that are not bundled, on a machine without network. It holds "
+        "<task>/{train,validation}.jsonl, .jsonl.gz or .parquet.",
+        width=320,
+        persist_state="session",
+    )
+    return folder.strip() or None
+
+
+def parse_layers(text: str) -> list[int | str] | None:
+    """``0,3,8-11`` as indices; None for all layers. Anything else is left for the job to refuse."""
+    if text.strip().lower() in ("", "all"):
+        return None
+    layers: list[int | str] = []
+    for part in filter(None, re.split(r"[,\s]+", text.strip())):
+        span = _RANGE.match(part)
+        if span and int(span[1]) <= int(span[2]):
+            layers.extend(range(int(span[1]), int(span[2]) + 1))
+        else:
+            layers.append(part)
+    return layers

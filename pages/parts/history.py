@@ -1,0 +1,120 @@
+"""The runs as pages list them: spec, status and summary of each, read once after it has ended."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pages.parts.choice import Choice
+from pages.parts.words import clock, shorten
+from zo_core import runs
+from zo_core.jobs import Job
+
+KINDS = ("scan", "probe", "tune")
+ALL_KINDS = (*KINDS, "load", "unload")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One run in a list."""
+
+    run: runs.Run
+    job: Job
+    status: runs.Status
+    summary: dict[str, Any]
+
+    @property
+    def run_id(self) -> str:
+        """The id of the run."""
+        return self.run.run_id
+
+    @property
+    def title(self) -> str:
+        """What tells this run from others of its kind: model, task or text, scope."""
+        job = self.job
+        parts = [shorten(getattr(job, "model", ""), 28)]
+        if job.kind == "scan":
+            parts.append({"sample": "bundled text", "prompt": "own prompt"}.get(job.text, job.task))
+        elif job.kind == "probe":
+            parts += [job.task, f"{job.draws} draws"]
+        elif job.kind == "tune":
+            parts += [job.task, self.scope, f"{job.steps:,} steps", f"seed {job.seed}"]
+        return " · ".join(part for part in parts if part)
+
+    @property
+    def scope(self) -> str:
+        """The tuned scope, with the layer that ``layer:auto`` named once it is known."""
+        scope = getattr(self.job, "scope", "")
+        layer = self.status.details.get("layer")
+        return f"layer:{layer} (auto)" if scope == "layer:auto" and layer is not None else scope
+
+    @property
+    def label(self) -> str:
+        """One line for a list of runs."""
+        return f"{clock(self.status.created)} · {self.title} · {self.status.state}"
+
+    @property
+    def key_result(self) -> str:
+        """What the run found, in a few words."""
+        if self.status.state == "failed":
+            return self.status.error
+        summary = self.summary
+        if self.job.kind == "scan" and "first_outlier_layer" in summary:
+            layer = summary["first_outlier_layer"].get("emergence")
+            return "no first outlier layer" if layer is None else f"first outlier layer {layer}"
+        if self.job.kind == "probe" and summary.get("most_sensitive_layer") is not None:
+            return f"most sensitive layer {summary['most_sensitive_layer']}"
+        before, after = (accuracy(summary.get(key)) for key in ("before", "after"))
+        if before and after:
+            return f"accuracy {before} → {after}"
+        return ""
+
+
+def accuracy(evaluation: dict[str, Any] | None) -> str:
+    """The accuracy of an evaluation as a percentage, empty if there is none."""
+    value = (evaluation or {}).get("accuracy")
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+_ended: dict[str, tuple[int, Entry]] = {}
+
+
+def read(run: runs.Run) -> Entry | None:
+    """The entry of a run; None if its folder is damaged or being deleted."""
+    try:
+        changed = (run.path / "status.json").stat().st_mtime_ns
+        known = _ended.get(str(run.path))
+        if known and known[0] == changed:
+            return known[1]
+        entry = Entry(run, run.job, run.status(), run.result_json() or {})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    # "interrupted" is found by looking at the process, not at the file: look again next time.
+    if entry.status.state in ("done", "failed", "cancelled"):
+        _ended[str(run.path)] = (changed, entry)
+    return entry
+
+
+def entries(kinds: tuple[str, ...] = KINDS) -> list[Entry]:
+    """All readable runs of the given kinds, newest first."""
+    return [entry for run in runs.list_runs(kinds) if (entry := read(run))]
+
+
+def live() -> list[Entry]:
+    """Queued and running jobs of every kind, oldest first."""
+    return [entry for entry in reversed(entries(ALL_KINDS)) if entry.status.live]
+
+
+def of_model(kind: str, choice: Choice, done: bool = False) -> Entry | None:
+    """The newest run of a kind on the chosen model; with ``done``, the newest that finished."""
+    for entry in entries((kind,)):
+        if (entry.job.model, entry.job.revision) == (choice.model, choice.revision) and (
+            not done or entry.status.state == "done"
+        ):
+            return entry
+    return None
+
+
+def outlier_layer(choice: Choice, rule: str = "emergence") -> tuple[int | None, Entry | None]:
+    """The first outlier layer that the newest finished scan of a model names, and that scan."""
+    scan = of_model("scan", choice, done=True)
+    found = scan.summary.get("first_outlier_layer", {}).get(rule) if scan else None
+    return found, scan

@@ -1,0 +1,55 @@
+"""From a form to a running job: one row with the button, the command and plain errors."""
+
+from typing import Any
+
+import streamlit as st
+from pydantic import BaseModel, ValidationError
+
+from zo_core import backend, runs
+from zo_core.jobs import command_line, explain
+
+
+def launch_row(spec: type[BaseModel], values: dict[str, Any], label: str, key: str) -> None:
+    """Show the button of a job beside its equivalent command, and start the job on a click.
+
+    Args:
+        spec: the job spec class.
+        values: its fields as the form gives them, valid or not.
+        label: text of the button.
+        key: key of the button.
+    """
+    with st.container(horizontal=True, vertical_alignment="center", key=f"{key}_row"):
+        clicked = st.button(label, key=key, type="primary", icon=":material/play_arrow:")
+        with st.container(key=f"{key}_command"):
+            try:
+                job = spec(**values)
+                st.code(command_line(job), language="bash", wrap_lines=True)
+            except ValidationError as error:
+                job = None
+                (st.error if clicked else st.warning)(explain(error), icon=":material/error:")
+    if clicked and job is not None:
+        submit(job)
+
+
+def submit(job: BaseModel) -> None:
+    """Queue a job and show its run; a refusal is shown as a sentence."""
+    try:
+        run = backend.submit(job)
+    except (backend.BackendError, OSError) as error:
+        st.error(str(error), icon=":material/error:")
+        return
+    show(run)
+
+
+def resume(run: runs.Run) -> None:
+    """Queue an ended tuning run again, from its last checkpoint."""
+    try:
+        show(backend.resume(run.run_id))
+    except (backend.BackendError, runs.RunNotFoundError, OSError) as error:
+        st.error(str(error), icon=":material/error:")
+
+
+def show(run: runs.Run) -> None:
+    """Put the run into the URL and draw the page again."""
+    st.query_params["run"] = run.run_id
+    st.rerun()

@@ -1,0 +1,198 @@
+"""Runs page: what runs, what waits, and everything that ran before."""
+
+import pandas as pd
+import streamlit as st
+
+from pages.parts import curve, history, run_view
+from pages.parts.routes import KIND_TITLES, PAGE_OF_KIND
+from pages.parts.words import clock, elapsed, plain
+from zo_core import plots
+
+STATES = list(run_view.STATES)
+
+
+def jobs() -> None:
+    """Running and queued jobs, each with its progress and a cancel button."""
+    busy = bool(history.live())
+
+    def tick() -> None:
+        live = history.live()
+        for entry in live:
+            with st.container(border=True, key=f"live_{entry.run_id}"):
+                with st.container(horizontal=True, vertical_alignment="center"):
+                    run_view.badge(entry.status.state)
+                    st.markdown(
+                        f"**{KIND_TITLES[entry.job.kind]}** · {plain(entry.title)}", width="content"
+                    )
+                    st.space("stretch")
+                    if st.button("Open", key=f"open_{entry.run_id}", icon=":material/open_in_new:"):
+                        open_run(entry)
+                    run_view.cancel_button(entry, key=f"cancel_{entry.run_id}")
+                run_view.progress(entry)
+        if not live:
+            st.caption("Nothing is running.")
+        if bool(live) != busy:
+            st.rerun()
+
+    st.subheader("Now", anchor=False)
+    with st.container(key="live_jobs"):
+        st.fragment(tick, run_every=1.0 if busy else 5.0)()
+
+
+def open_run(entry: history.Entry) -> None:
+    """Show a run on the page of its kind."""
+    st.switch_page(PAGE_OF_KIND[entry.job.kind], query_params={"run": entry.run_id})
+
+
+def filtered(entries: list[history.Entry]) -> list[history.Entry]:
+    """The runs of the chosen kinds and states; nothing chosen means all."""
+    with st.container(horizontal=True, key="run_filters"):
+        kinds = st.pills(
+            "Kind",
+            list(history.KINDS),
+            selection_mode="multi",
+            format_func=KIND_TITLES.get,
+            key="filter_kind",
+            persist_state="session",
+        )
+        states = st.pills(
+            "State", STATES, selection_mode="multi", key="filter_state", persist_state="session"
+        )
+    return [
+        e
+        for e in entries
+        if (not kinds or e.job.kind in kinds) and (not states or e.status.state in states)
+    ]
+
+
+def listing(entries: list[history.Entry]) -> list[history.Entry]:
+    """The table of runs; gives the selected ones."""
+    rows = pd.DataFrame(
+        [
+            {
+                "Kind": KIND_TITLES[e.job.kind],
+                "State": e.status.state,
+                "Result": e.key_result,
+                "Model": e.job.model,
+                "Task": e.job.text if e.job.kind == "scan" and e.job.text != "task" else e.job.task,
+                "Scope": e.scope,
+                "Started": clock(e.status.created),
+                "Time": elapsed(e.status.started, e.status.finished) if e.status.finished else "",
+                "Run": e.run_id,
+            }
+            for e in entries
+        ]
+    )
+    # A selection is a row number: a list of other runs must not inherit it.
+    key = f"runs_table_{hash(tuple(e.run_id for e in entries)) & 0xFFFFFF:x}"
+    with st.container(key="runs_table"):
+        picked = st.dataframe(
+            rows,
+            hide_index=True,
+            key=key,
+            on_select="rerun",
+            selection_mode="multi-row",
+            height=min(38 + 35 * len(rows), 460),
+            column_config={"Result": st.column_config.TextColumn(width="medium")},
+        )
+    return [entries[i] for i in picked.selection.rows if i < len(entries)]
+
+
+@st.dialog("Delete runs?")
+def confirm_delete(selected: list[history.Entry]) -> None:
+    """Ask, then delete."""
+    st.markdown("This removes their folders with all results and checkpoints, for good:")
+    st.markdown("\n".join(f"- {plain(e.label)}" for e in selected[:10]))
+    if len(selected) > 10:
+        st.markdown(f"and {len(selected) - 10} more")
+    if st.button("Delete", key="confirm_delete", type="primary", icon=":material/delete:"):
+        try:
+            for entry in selected:
+                entry.run.delete()
+        except (RuntimeError, OSError) as error:
+            st.error(plain(str(error)))
+        else:
+            st.rerun()
+
+
+def actions(selected: list[history.Entry]) -> None:
+    """What can be done with the selected runs."""
+    one = selected[0] if len(selected) == 1 else None
+    ended = [e for e in selected if not e.status.live]
+    with st.container(horizontal=True, vertical_alignment="center", key="run_actions"):
+        if st.button(
+            "Open",
+            key="open_run",
+            type="primary",
+            icon=":material/open_in_new:",
+            disabled=one is None,
+        ):
+            open_run(one)
+        if one:
+            st.download_button(
+                "Export (zip)",
+                one.run.zip_bytes,
+                f"{one.run_id}.zip",
+                "application/zip",
+                key="export_run",
+                icon=":material/download:",
+                on_click="ignore",
+            )
+        else:
+            st.button("Export (zip)", key="export_none", icon=":material/download:", disabled=True)
+        if st.button("Delete", key="delete_runs", icon=":material/delete:", disabled=not ended):
+            confirm_delete(ended)
+        if not selected:
+            st.caption("Select rows to open, export, delete or overlay runs.")
+        elif len(ended) < len(selected):
+            st.caption("Live runs are not deleted: cancel them first.")
+
+
+def overlay(selected: list[history.Entry]) -> None:
+    """Loss curves of the selected tuning runs over each other."""
+    curves = {}
+    for entry in selected:
+        if entry.job.kind == "tune":
+            metrics = curve.curve(entry.run)
+            if len(metrics):
+                curves[f"{entry.title} · {entry.run_id[-6:]}"] = metrics.steps
+    if not curves:
+        return
+    st.subheader("Loss curves", anchor=False)
+    with st.container(horizontal=True):
+        axis = st.segmented_control(
+            "X-axis",
+            list(plots.AXES),
+            format_func=plots.AXES.get,
+            default="step",
+            key="overlay_axis",
+            required=True,
+        )
+        span = st.select_slider(
+            "Smoothing (steps)",
+            [1, 5, 10, 20, 50, 100, 200, 500],
+            value=50,
+            key="overlay_span",
+            width=240,
+        )
+    st.plotly_chart(
+        plots.overlay(curves, axis, span), key="overlay_chart", alt="Smoothed loss of several runs"
+    )
+
+
+st.title("Runs", anchor=False)
+jobs()
+st.subheader("History", anchor=False)
+everything = history.entries()
+if not everything:
+    st.info("No run yet. Begin with a scan of the bundled model.", icon=":material/blur_on:")
+    if st.button("Scan the model", key="go_scan", type="primary", icon=":material/arrow_forward:"):
+        st.switch_page(PAGE_OF_KIND["scan"])
+else:
+    matching = filtered(everything)
+    if matching:
+        chosen = listing(matching)
+        actions(chosen)
+        overlay(chosen)
+    else:
+        st.caption("No run matches these filters.")

@@ -1,0 +1,205 @@
+"""Sensitivity page: how much the loss moves when one layer at a time is perturbed."""
+
+import pandas as pd
+import streamlit as st
+
+from pages.parts import history, launch, run_view
+from pages.parts.choice import Choice, current, line
+from pages.parts.forms import data_folder, parse_layers, task_picker
+from pages.parts.routes import PAGES
+from pages.parts.words import plain
+from zo_core import export, plots
+from zo_core.jobs import ProbeJob, command_line
+
+
+def form(choice: Choice) -> None:
+    """The fields of a probe."""
+    fields = ProbeJob.model_fields
+    with st.container(horizontal=True):
+        values: dict = {"task": task_picker("probe")}
+        for name, label, text in (
+            ("draws", "Draws of z a layer", "More draws, narrower intervals"),
+            ("batch_size", "Batch size", None),
+            ("seed", "Seed", None),
+        ):
+            values[name] = st.number_input(
+                label,
+                value=fields[name].default,
+                step=1,
+                key=f"probe_{name}",
+                width=150,
+                help=text,
+                persist_state="session",
+            )
+        values["eps"] = st.number_input(
+            "eps",
+            value=fields["eps"].default,
+            step=1e-4,
+            format="%g",
+            key="probe_eps",
+            width=150,
+            help="Perturbation scale",
+            persist_state="session",
+        )
+        layers = st.text_input(
+            "Layers",
+            key="probe_layers",
+            placeholder="all, or 0-based: 0,3,8-11",
+            width=220,
+            persist_state="session",
+        )
+        values["noise"] = st.selectbox(
+            "Distribution of z",
+            ["gaussian", "rademacher"],
+            key="probe_noise",
+            width=170,
+            persist_state="session",
+        )
+        values["data_dir"] = data_folder("probe")
+    values["layers"] = parse_layers(layers)
+    launch.launch_row(ProbeJob, values | choice.fields(), "Probe", key="start_probe")
+
+
+@st.cache_data(max_entries=24, show_spinner=False)
+def _table(path: str, changed: int) -> pd.DataFrame:
+    return pd.read_parquet(path)
+
+
+def show(entry: history.Entry) -> None:
+    """A probe, growing layer by layer while it is live."""
+    try:
+        path = entry.run.result("layers.parquet")
+        layers = _table(str(path), path.stat().st_mtime_ns)
+    except FileNotFoundError:
+        if entry.status.live:
+            st.caption("The chart appears with the first finished layer.")
+        return
+    except (OSError, ValueError) as error:
+        st.error(f"The results of this probe cannot be read: {plain(str(error))}")
+        return
+    job = entry.job
+    first, scan = history.outlier_layer(Choice(job.model, job.revision))
+    n_layers = entry.summary.get("n_layers") or (scan and scan.summary.get("n_layers"))
+    n_layers = n_layers or int(layers["layer"].max()) + 1
+    most = entry.summary.get("most_sensitive_layer")
+    if most is not None:
+        name = plots.layer_name(most, n_layers)
+        st.header(f"{name[0].upper()}{name[1:]} is the most sensitive", anchor=False)
+        if first is not None:
+            st.markdown(
+                "It is also the first outlier layer of the latest scan."
+                if first == most
+                else f"The first outlier layer of the latest scan is another: layer {first}."
+            )
+        with st.container(horizontal=True):
+            for layer in dict.fromkeys(k for k in (most, first) if k is not None):
+                if st.button(
+                    f"Fine-tune layer {layer}",
+                    key=f"fine_tune_{layer}",
+                    type="primary" if layer == most else "secondary",
+                    icon=":material/trending_down:",
+                ):
+                    st.switch_page(PAGES["fine_tune"], query_params={"scope": f"layer:{layer}"})
+    measured = [m for m in plots.METRICS if m in set(layers["metric"])]
+    metric = st.segmented_control(
+        "Metric",
+        measured,
+        format_func=lambda m: plots.METRICS[m][0],
+        default=measured[0],
+        key="probe_metric",
+        required=True,
+        persist_state="session",
+    )
+    figure = plots.sensitivity(layers, metric, first)
+    figure.update_layout(uirevision=f"{entry.run_id}-{metric}")
+    st.plotly_chart(figure, key="probe_chart", alt=f"{plots.METRICS[metric][0]} by layer")
+    note = "Bars: mean over draws; whiskers: 95 % interval (mean ± 1.96 standard errors)."
+    if scan is None:
+        note += " Scan this model on the Outliers page to see its first outlier layer marked here."
+    st.caption(note)
+    shown = layers[layers["metric"] == metric].sort_values("layer")
+    numbers = {c: st.column_config.NumberColumn(c, format="%.4g") for c in ("mean", "sd", "se")}
+    st.dataframe(
+        shown[["layer", "mean", "sd", "se", "n"]],
+        hide_index=True,
+        key="probe_table",
+        column_config={"layer": "layer (0-based)"} | numbers,
+    )
+    if entry.status.state != "running":
+        downloads(entry, layers, figure)
+
+
+def downloads(entry: history.Entry, layers: pd.DataFrame, figure: object) -> None:
+    """Tidy CSVs, their provenance and the figure."""
+    draws = entry.run.result("draws.parquet")
+    sidecar = entry.run.result_json("provenance.json")
+    with st.container(horizontal=True, key="probe_downloads"):
+        if draws.is_file():
+            st.download_button(
+                "draws.csv (tidy)",
+                lambda: export.csv_bytes(pd.read_parquet(draws)),
+                f"{entry.run_id}-draws.csv",
+                "text/csv",
+                key="download_draws",
+                icon=":material/download:",
+                on_click="ignore",
+                help="One row a layer, draw and metric",
+            )
+        st.download_button(
+            "layers.csv",
+            lambda: export.csv_bytes(layers),
+            f"{entry.run_id}-layers.csv",
+            "text/csv",
+            key="download_layers",
+            icon=":material/download:",
+            on_click="ignore",
+            help="Mean, sd, se and n of every metric by layer",
+        )
+        if sidecar:
+            st.download_button(
+                "provenance.json",
+                lambda: export.json_bytes(sidecar),
+                f"{entry.run_id}-provenance.json",
+                "application/json",
+                key="download_provenance",
+                icon=":material/download:",
+                on_click="ignore",
+                help="Job, versions, device, seeds: the sidecar of the CSVs",
+            )
+        st.download_button(
+            "Figure (HTML)",
+            lambda: export.html_bytes(
+                f"Sensitivity probe of {entry.job.model}",
+                [("Sensitivity by layer", figure)],
+                [f"Run {entry.run_id}. Layers are 0-based."],
+                command_line(entry.job),
+            ),
+            f"{entry.run_id}.html",
+            "text/html",
+            key="download_html",
+            icon=":material/download:",
+            on_click="ignore",
+        )
+
+
+st.title("Sensitivity", anchor=False)
+st.markdown(
+    "A probe adds ±eps z to one layer at a time and measures the projected gradient, the shift of "
+    "the loss and how far the model's output moves."
+)
+choice = current()
+line(choice)
+shown = run_view.pick("probe", choice)
+with st.expander(
+    "New probe", expanded=shown is None, icon=":material/add:", key=f"new_probe_{shown is None}"
+):
+    form(choice)
+if shown is None:
+    if "run" not in st.query_params:
+        st.info(
+            "No probe of this model yet. Press **Probe** above: all layers of the bundled model "
+            "take less than a minute.",
+            icon=":material/arrow_upward:",
+        )
+else:
+    run_view.follow(shown, show)

@@ -1,0 +1,94 @@
+"""The command line: ``python -m zo_core scan|probe|tune|runs|app``.
+
+The same job specs, engine and run store as the app. With ``--json`` the last line of stdout is one
+JSON object (keys in README.md); progress goes to stderr. Exit codes: 0 done, 1 failed, 2 bad
+input, 130 cancelled.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from zo_core.cli import runs as runs_commands
+from zo_core.cli.launch import follow, launch, report
+from zo_core.cli.options import with_job_options
+from zo_core.settings import ROOT
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    no_args_is_help=False,
+    help="ZOScope: see which decoder layer dominates zeroth-order fine-tuning, and tune it.",
+    epilog="Start here, on the bundled model:  [bold]python -m zo_core scan[/bold]  names the first "
+    "outlier layer;  [bold]python -m zo_core tune[/bold]  fine-tunes it;  "
+    "[bold]python -m zo_core app[/bold]  opens the web app.",
+)
+app.add_typer(runs_commands.app, name="runs")
+
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")]
+Csv = Annotated[Path | None, typer.Option("--csv", metavar="PATH", help="also write the table here")]
+
+
+@app.callback(invoke_without_command=True)
+def root(context: typer.Context) -> None:
+    """Show the help when no command is given."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+@with_job_options("scan")
+def scan(fields: dict[str, Any], csv: Csv = None, json: Json = False) -> None:
+    """Find the first outlier layer: activation statistics of every decoder layer."""
+    run = launch(fields, json)
+    status = follow(run, json)
+    if csv is not None and status.state == "done":
+        import pandas as pd
+
+        pd.read_parquet(run.result("layers.parquet")).to_csv(csv, index=False)
+    report(run, status, json)
+
+
+@app.command()
+@with_job_options("probe")
+def probe(fields: dict[str, Any], csv: Csv = None, json: Json = False) -> None:
+    """Measure how sensitive the loss is to a perturbation of each layer."""
+    run = launch(fields, json)
+    status = follow(run, json)
+    if csv is not None and status.state == "done":
+        shutil.copyfile(run.result("draws.csv"), csv)
+        shutil.copyfile(run.result("provenance.json"), csv.with_suffix(".provenance.json"))
+    report(run, status, json)
+
+
+Resume = Annotated[
+    str | None, typer.Option("--resume", metavar="RUN", help="go on with a stopped run")
+]
+
+
+@app.command()
+@with_job_options("tune")
+def tune(fields: dict[str, Any], resume: Resume = None, json: Json = False) -> None:
+    """Fine-tune one layer, or the full model, with ZO-SGD."""
+    run = launch(fields, json, resume)
+    report(run, follow(run, json), json)
+
+
+@app.command(name="app")
+def web_app(
+    port: Annotated[int, typer.Option(help="port on this machine's loopback")] = 8501,
+) -> None:
+    """Open the web app."""
+    os.chdir(ROOT)
+    command = [sys.executable, "-m", "streamlit", "run", "app.py", "--server.port", str(port)]
+    os.execv(sys.executable, command)
+
+
+def main() -> None:
+    """Entry point."""
+    app(prog_name="python -m zo_core")

@@ -1,0 +1,113 @@
+"""Launch a job from the command line, follow it, and report how it ended."""
+
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from zo_core import backend, runs
+from zo_core.jobs import JOB, explain
+from zo_core.runs import Run, Status, to_json
+from zo_core.settings import settings
+
+FAILED, BAD_INPUT, CANCELLED = 1, 2, 130
+
+
+def launch(fields: dict[str, Any], as_json: bool, resume: str | None = None) -> Run:
+    """Validate and queue a job, or queue a stopped one again; exits with 2 on bad input."""
+    try:
+        if resume is not None:
+            extra = [f"--{name.replace('_', '-')}" for name in fields if name != "kind"]
+            if extra:
+                refuse(f"--resume keeps the run's own settings: leave out {', '.join(extra)}.", as_json)
+            return backend.resume(resume)
+        if fields.get("data_dir") is None and settings().data_dir and "task" in fields:
+            fields["data_dir"] = settings().data_dir
+        if "data_dir" in fields:  # the worker may have another working directory
+            fields["data_dir"] = Path(fields["data_dir"]).expanduser().resolve()
+        if fields.get("model") and Path(fields["model"]).expanduser().is_dir():
+            fields["model"] = str(Path(fields["model"]).expanduser().resolve())
+        return backend.submit(JOB.validate_python(fields))
+    except ValidationError as error:
+        refuse(explain(error), as_json)
+    except (backend.BackendError, runs.RunNotFoundError) as error:
+        refuse(str(error), as_json)
+
+
+def refuse(sentence: str, as_json: bool) -> NoReturn:
+    """Say what is wrong with the input and exit with 2."""
+    typer.echo(f"Error: {sentence}", err=True)
+    if as_json:
+        typer.echo(to_json({"error": sentence}))
+    raise typer.Exit(BAD_INPUT)
+
+
+def follow(run: Run, as_json: bool) -> Status:
+    """Show progress on stderr until the run ends; Ctrl-C cancels it."""
+    console = Console(stderr=True)
+    backend.start()
+    if not as_json:
+        console.print(f"[dim]run {run.run_id}[/dim]")
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    ) as bars:
+        bar = bars.add_task("starting the engine", total=None)
+
+        def show(status: Status) -> None:
+            text = status.message or ("queued" if status.state == "queued" else "starting")
+            bars.update(bar, description=text, completed=status.step, total=status.total or None)
+
+        try:
+            return backend.wait(run, show)
+        except KeyboardInterrupt:
+            backend.cancel(run.run_id)
+            bars.update(bar, description="cancelling (Ctrl-C again to leave at once)")
+            return backend.wait(run)
+
+
+def report(run: Run, status: Status, as_json: bool) -> None:
+    """Print the result and exit with the code of the outcome."""
+    summary = run.result_json() or {}
+    if status.state == "done":
+        if as_json:
+            typer.echo(to_json({"run_id": run.run_id, **summary}))
+        else:
+            _print_summary(run, summary)
+        raise typer.Exit(0)
+    sentence = status.error or status.message or f"The run was {status.state}."
+    typer.echo(f"{status.state.capitalize()}: {sentence}", err=True)
+    if run.job.kind == "tune" and status.step:
+        typer.echo(f"Go on with: python -m zo_core tune --resume {run.run_id}", err=True)
+    if as_json:
+        typer.echo(to_json({"run_id": run.run_id, "state": status.state, "error": sentence}))
+    raise typer.Exit(CANCELLED if status.state == "cancelled" else FAILED)
+
+
+def _print_summary(run: Run, summary: dict[str, Any]) -> None:
+    """The result in words; the tables are in the run folder."""
+    kind = run.job.kind
+    if kind == "scan":
+        for rule, verdict in summary["verdicts"].items():
+            layer = verdict["layer"]
+            typer.echo(f"{rule:12} {'none' if layer is None else f'layer {layer}':9} {verdict['reason']}")
+    elif kind == "probe":
+        typer.echo(f"Most sensitive layer: {summary['most_sensitive_layer']} (mean |g|)")
+        sys.stdout.write(run.result("layers.csv").read_text())
+    elif kind == "tune":
+        before, after = summary["before"], summary["after"]
+        typer.echo(
+            f"{summary['scope']} (layer {summary['layer']})  "
+            f"accuracy {before['accuracy']:.4f} -> {after['accuracy']:.4f}  "
+            f"loss {before['loss']:.4f} -> {after['loss']:.4f}  "
+            f"{summary['steps_per_second']:.2f} steps/s, {summary['forward_passes']} forward passes"
+        )
+    typer.echo(f"{run.path}")

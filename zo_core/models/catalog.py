@@ -1,0 +1,242 @@
+"""What a model is, read from ``config.json`` and safetensors headers alone: no torch, no loading.
+
+A model is named by ``demo`` (bundled), a local folder, or a hub id with an optional revision.
+"""
+
+import json
+import re
+import struct
+from collections import defaultdict
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+from zo_core.errors import UserError
+
+DEMO_PATH = Path(__file__).resolve().parent / "demo"
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
+STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+
+
+class ModelError(UserError):
+    """The named model cannot be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """Architecture and size of a model. Sizes count values, not bytes."""
+
+    source: Literal["bundled", "local", "hub"]
+    path: str
+    architecture: str
+    model_type: str
+    n_layers: int
+    hidden_size: int
+    intermediate_size: int | None
+    n_heads: int | None
+    n_kv_heads: int | None
+    vocab_size: int
+    context: int | None
+    tied_embeddings: bool
+    stored_dtype: str
+    parameters: int
+    layer_parameters: int
+    has_bos: bool | None
+    config: dict[str, Any]
+
+
+def resolve(model: str) -> tuple[Literal["bundled", "local", "hub"], str]:
+    """Tell the bundled model, a local folder and a hub id apart.
+
+    Returns:
+        (source, folder or hub id), as ``from_pretrained`` takes it.
+
+    Raises:
+        ModelError: neither a folder that is there nor a well-formed hub id.
+    """
+    if model == "demo":
+        return "bundled", str(DEMO_PATH)
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model: {model} is no model folder: it has no config.json.")
+        return "local", str(folder)
+    if folder.exists():
+        raise ModelError(f"model: {model} is a file: give the folder that holds config.json.")
+    if HUB_ID.match(model) and not model.startswith((".", "~")):
+        return "hub", model
+    raise ModelError(
+        f"model: no folder {model!r} here, and it is no hub id: give demo, an existing folder, "
+        "or an id such as Qwen/Qwen3-8B."
+    )
+
+
+def describe(model: str, revision: str | None = None) -> ModelInfo:
+    """Read a model's architecture without loading it.
+
+    A hub model costs two small requests unless it is in the local hub cache.
+
+    Raises:
+        ModelError: unknown model, no safetensors weights, unreadable files, or the hub is out of
+            reach.
+    """
+    source, where = resolve(model)
+    if source == "hub":
+        config, shapes, tokenizer = _read_hub(where, revision)
+    else:
+        folder = Path(where)
+        config = _read_json(folder / "config.json")
+        tokenizer_file = folder / "tokenizer_config.json"
+        tokenizer = _read_json(tokenizer_file) if tokenizer_file.is_file() else None
+        shapes = _folder_shapes(folder)
+    return _summarise(source, where, config, shapes, tokenizer)
+
+
+Shapes = dict[str, tuple[str, tuple[int, ...]]]
+"""Tensor name -> (stored dtype, shape)."""
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"model: cannot read {path}: {error}.") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"model: {path} does not hold a JSON object.")
+    return value
+
+
+def _folder_shapes(folder: Path) -> Shapes:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = any(folder.glob("*.bin"))
+        hint = "only pickle weights (.bin): convert them to safetensors" if pickles else "none"
+        raise ModelError(f"model: {folder} needs *.safetensors weights and has {hint}.")
+    shapes: Shapes = {}
+    for file in files:
+        shapes |= _header_shapes(file)
+    return shapes
+
+
+def _header_shapes(file: Path) -> Shapes:
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > min(file.stat().st_size, 100_000_000):
+                raise ValueError("its header is longer than the file")
+            header = json.loads(stream.read(length))
+        return {
+            name: (entry["dtype"], tuple(entry["shape"]))
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (OSError, struct.error, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"model: {file} is no readable safetensors file: {error}.") from error
+
+
+def _read_hub(
+    model: str, revision: str | None
+) -> tuple[dict[str, Any], Shapes, dict[str, Any] | None]:
+    # Imported here: the bundled model must not pay for it.
+    from huggingface_hub import (
+        HfApi,
+        get_safetensors_metadata,
+        hf_hub_download,
+        try_to_load_from_cache,
+    )
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    cached = try_to_load_from_cache(model, "config.json", revision=revision)
+    if isinstance(cached, str) and any(Path(cached).parent.glob("*.safetensors")):
+        folder = Path(cached).parent
+        tokenizer_file = folder / "tokenizer_config.json"
+        tokenizer = _read_json(tokenizer_file) if tokenizer_file.is_file() else None
+        return _read_json(Path(cached)), _folder_shapes(folder), tokenizer
+    try:
+        # This request is not retried, so being offline shows in a second, not half a minute.
+        HfApi().model_info(model, revision=revision, timeout=10)
+        config = _read_json(Path(hf_hub_download(model, "config.json", revision=revision)))
+        metadata = get_safetensors_metadata(model, revision=revision)
+        shapes = {
+            name: (info.dtype, tuple(info.shape))
+            for file in metadata.files_metadata.values()
+            for name, info in file.tensors.items()
+        }
+        try:
+            path = hf_hub_download(model, "tokenizer_config.json", revision=revision)
+            tokenizer = _read_json(Path(path))
+        except EntryNotFoundError:
+            tokenizer = None
+    except ModelError:
+        raise
+    except HfHubHTTPError as error:
+        at = f" at revision {revision}" if revision else ""
+        raise ModelError(
+            f"model: the hub has no public model {model!r}{at} with config.json and safetensors "
+            f"weights ({type(error).__name__})."
+        ) from error
+    except Exception as error:  # the hub client raises many kinds when there is no network
+        raise ModelError(
+            f"model: the hub is out of reach and {model!r} is not in the local hub cache: choose "
+            f"demo or a local folder, or go online ({type(error).__name__})."
+        ) from error
+    return config, shapes, tokenizer
+
+
+def _layer_sizes(shapes: Shapes) -> list[int]:
+    """Parameters of each decoder layer: the numbered group that holds most of the weights."""
+    groups: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+    for name, (_, shape) in shapes.items():
+        match = re.match(r"(.*?)\.(\d+)\.", name)
+        if match:
+            groups[match[1]][int(match[2])] += prod(shape)
+    largest = max(groups.values(), key=lambda group: sum(group.values()), default={})
+    return [largest[i] for i in sorted(largest)]
+
+
+def _summarise(
+    source: Literal["bundled", "local", "hub"],
+    path: str,
+    config: dict[str, Any],
+    shapes: Shapes,
+    tokenizer: dict[str, Any] | None,
+) -> ModelInfo:
+    text = config.get("text_config", config)
+
+    def first(*names: str) -> Any:
+        return next((text[n] for n in names if text.get(n) is not None), None)
+
+    layers = _layer_sizes(shapes)
+    dtypes: dict[str, int] = defaultdict(int)
+    for dtype, shape in shapes.values():
+        dtypes[dtype] += prod(shape)
+    stored = max(dtypes, key=lambda d: dtypes[d])
+    n_heads = first("num_attention_heads", "n_head", "n_heads")
+    hidden = first("hidden_size", "n_embd", "d_model")
+    vocab = first("vocab_size")
+    if not layers or hidden is None or vocab is None:
+        raise ModelError(
+            f"model: {path} does not look like a causal language model: config.json needs "
+            "hidden_size and vocab_size, and the weights a numbered list of decoder layers."
+        )
+    return ModelInfo(
+        source=source,
+        path=path,
+        architecture=(config.get("architectures") or ["unknown"])[0],
+        model_type=str(config.get("model_type", "unknown")),
+        n_layers=int(first("num_hidden_layers", "n_layer", "n_layers") or len(layers)),
+        hidden_size=int(hidden),
+        intermediate_size=first("intermediate_size", "n_inner", "ffn_dim"),
+        n_heads=n_heads,
+        n_kv_heads=first("num_key_value_heads", "num_kv_heads") or n_heads,
+        vocab_size=int(vocab),
+        context=first("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"),
+        tied_embeddings=bool(text.get("tie_word_embeddings", False)),
+        stored_dtype=STORED_DTYPES.get(stored, stored),
+        parameters=sum(prod(shape) for _, shape in shapes.values()),
+        layer_parameters=max(layers),
+        has_bos=None if tokenizer is None else bool(tokenizer.get("bos_token")),
+        config=config,
+    )

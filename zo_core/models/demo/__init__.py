@@ -1,0 +1,1 @@
+"""The bundled demo model: weights, tokenizer, card and the script that trained it."""

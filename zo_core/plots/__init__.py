@@ -1,0 +1,29 @@
+"""Figures of the app and of the exported reports: tables in, plotly figures out.
+
+Conventions: layer on y with layer 0 on top, magnitudes on a log scale in Cividis with a colour bar
+in real units, Okabe-Ito lines told apart by dash or marker as well, transparent backgrounds (light
+and dark both work), and one accent, vermillion, for the first outlier layer.
+"""
+
+from zo_core.plots.probe import METRICS, sensitivity
+from zo_core.plots.scan import channel_heatmap, profile, token_heatmap
+from zo_core.plots.style import layer_name, number, ordinal, visible
+from zo_core.plots.tune import AXES, CURVE_POINTS, loss_curve, overlay, smooth, thin
+
+__all__ = [
+    "AXES",
+    "CURVE_POINTS",
+    "METRICS",
+    "channel_heatmap",
+    "layer_name",
+    "loss_curve",
+    "number",
+    "ordinal",
+    "overlay",
+    "profile",
+    "sensitivity",
+    "smooth",
+    "thin",
+    "token_heatmap",
+    "visible",
+]

@@ -1,0 +1,240 @@
+"""Figures of an activation scan: profile by layer, layer x channel, layer x token."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from zo_core.plots.style import ACCENT, EMBEDDING, GREY, OKABE_ITO, finish, number, plain
+
+
+def profile(layers: pd.DataFrame, first: int | None = None) -> go.Figure:
+    """Top-1..3 and median magnitude by layer, log axis.
+
+    Args:
+        layers: ``results/layers.parquet`` of a scan.
+        first: the first outlier layer, marked if given.
+    """
+    table = layers.sort_values("layer")
+    figure = go.Figure()
+    lines = (
+        ("top1", "top-1", OKABE_ITO[0], "solid", "circle"),
+        ("top2", "top-2", OKABE_ITO[4], "dash", "square"),
+        ("top3", "top-3", OKABE_ITO[5], "dot", "diamond"),
+        ("median", "median", OKABE_ITO[2], "dashdot", "x"),
+    )
+    for column, name, colour, dash, symbol in lines:
+        has_token = f"{column}_token" in table
+        where = (
+            [
+                f"<br>token {plain(t)} at position {p}, channel {c}"
+                for t, p, c in zip(
+                    table[f"{column}_token"],
+                    table[f"{column}_position"],
+                    table[f"{column}_channel"],
+                    strict=True,
+                )
+            ]
+            if has_token
+            else [""] * len(table)
+        )
+        figure.add_scatter(
+            x=table["layer"],
+            y=table[column].where(table[column] > 0),
+            name=name,
+            mode="lines+markers",
+            line={"color": colour, "dash": dash, "width": 2},
+            marker={"symbol": symbol, "size": 6},
+            customdata=where,
+            hovertemplate="layer %{x}: " + name + " %{y:.4g}%{customdata}<extra></extra>",
+        )
+    if first is not None:
+        figure.add_vline(x=first, line={"color": ACCENT, "width": 1.5, "dash": "dot"})
+        figure.add_annotation(
+            x=first,
+            y=1,
+            yref="paper",
+            yanchor="bottom",
+            text=f"first outlier layer {first}",
+            showarrow=False,
+            font={"color": ACCENT, "size": 13},
+        )
+    ticks = table["layer"].astype(int).tolist()
+    if len(ticks) > 40:
+        ticks = [k for k in ticks if k == EMBEDDING or k % 5 == 0]
+    figure.update_xaxes(
+        title="layer (0-based)",
+        tickvals=ticks,
+        ticktext=["emb" if k < 0 else str(k) for k in ticks],
+    )
+    figure.update_yaxes(title="magnitude (log scale)", type="log", dtick=1, tickformat=",~g")
+    # The marker's name takes the line between the legend and the plot.
+    return finish(figure, 400).update_layout(margin_t=64, legend_y=1.1)
+
+
+def channel_heatmap(
+    channels: pd.DataFrame, first: int | None = None, selected: int | None = None, count: int = 64
+) -> go.Figure:
+    """Layer x the ``count`` channels of the largest magnitudes, strongest first.
+
+    Args:
+        channels: ``results/channels.parquet`` of a scan.
+        first: the first outlier layer, outlined.
+        selected: a layer chosen by the user, marked at the side.
+        count: number of channels shown.
+    """
+    blocks = channels[channels["layer"] >= 0]
+    peak = blocks.groupby("channel")["magnitude"].max().nlargest(count)
+    matrix = blocks[blocks["channel"].isin(peak.index)].pivot(
+        index="layer", columns="channel", values="magnitude"
+    )[peak.index]
+    names = [str(c) for c in matrix.columns]
+    figure = _magnitudes(
+        matrix, names, [f"channel {c}" for c in names], list(matrix.columns), first, selected
+    )
+    figure.update_xaxes(title=f"top {len(names)} channels by largest magnitude, strongest first")
+    return figure
+
+
+def token_heatmap(
+    tokens: pd.DataFrame,
+    sequence: int = 0,
+    start: int = 0,
+    count: int = 64,
+    first: int | None = None,
+    selected: int | None = None,
+) -> go.Figure:
+    """Layer x token of one sequence: the largest magnitude at every token.
+
+    Args:
+        tokens: ``results/tokens.parquet`` of a scan.
+        sequence: which of its sequences.
+        start: first position shown.
+        count: number of positions shown.
+        first: the first outlier layer, outlined.
+        selected: a layer chosen by the user, marked at the side.
+    """
+    shown = tokens[
+        (tokens["sequence"] == sequence)
+        & (tokens["layer"] >= 0)
+        & (tokens["position"] >= start)
+        & (tokens["position"] < start + count)
+    ]
+    matrix = shown.pivot(index="layer", columns="position", values="magnitude")
+    words = shown.drop_duplicates("position").set_index("position")["token"]
+    names = [plain(str(words[p])[:14]) for p in matrix.columns]
+    hovers = [f"token {n} at position {p}" for n, p in zip(names, matrix.columns, strict=True)]
+    figure = _magnitudes(matrix, names, hovers, list(matrix.columns), first, selected)
+    figure.update_xaxes(title="token, in order of position", tickangle=-60)
+    return figure
+
+
+def _magnitudes(
+    matrix: pd.DataFrame,
+    names: Sequence[str],
+    hovers: Sequence[str],
+    keys: Sequence[int],
+    first: int | None,
+    selected: int | None,
+) -> go.Figure:
+    """Heatmap of magnitudes (rows: layers) under invisible markers that take hover and clicks."""
+    values = matrix.to_numpy(dtype=float)
+    logs = np.log10(np.where(values > 0, values, np.nan))
+    low, high = (
+        (float(np.nanmin(logs)), float(np.nanmax(logs))) if np.isfinite(logs).any() else (0.0, 1.0)
+    )
+    ticks = _log_ticks(low, high)
+    layers = [int(k) for k in matrix.index]
+    columns = list(range(len(names)))
+    figure = go.Figure(
+        go.Heatmap(
+            z=logs,
+            x=columns,
+            y=layers,
+            zmin=low,
+            zmax=max(high, low + 1e-9),
+            colorscale="Cividis",
+            hoverinfo="skip",
+            xgap=1 if len(names) <= 80 else 0,
+            ygap=1,
+            colorbar={
+                "title": {"text": "magnitude<br>(log scale)", "side": "top"},
+                "tickvals": [math.log10(t) for t in ticks],
+                "ticktext": [f"{t:,g}" for t in ticks],
+                "thickness": 12,
+                "outlinewidth": 0,
+            },
+        )
+    )
+    # Plotly reports no selection for heatmap cells, but does for markers on top of them.
+    figure.add_scatter(
+        x=columns * len(layers),
+        y=np.repeat(layers, len(columns)).tolist(),
+        mode="markers",
+        marker={"symbol": "square", "size": 10, "opacity": 0},
+        selected={"marker": {"opacity": 0}},
+        unselected={"marker": {"opacity": 0}},
+        customdata=[
+            [layer, int(key), hover, number(value)]
+            for layer, row in zip(layers, values, strict=True)
+            for key, hover, value in zip(keys, hovers, row, strict=True)
+        ],
+        hovertemplate="layer %{customdata[0]}, %{customdata[2]}<br>"
+        "magnitude %{customdata[3]}<extra></extra>",
+        showlegend=False,
+    )
+    edge = {"type": "rect", "xref": "paper", "x0": 0, "x1": 1, "fillcolor": "rgba(0,0,0,0)"}
+    if selected is not None and selected != first:
+        figure.add_shape(
+            **edge,
+            y0=selected - 0.5,
+            y1=selected + 0.5,
+            line={"color": GREY, "width": 2, "dash": "dot"},
+        )
+    if first is not None:
+        figure.add_shape(
+            **edge, y0=first - 0.5, y1=first + 0.5, line={"color": ACCENT, "width": 2.5}
+        )
+        figure.add_annotation(
+            x=1,
+            xref="paper",
+            xanchor="right",
+            y=1,
+            yref="paper",
+            yanchor="bottom",
+            showarrow=False,
+            text=f"outlined: layer {first}, the first outlier layer",
+            font={"color": ACCENT, "size": 13},
+        )
+    shown = layers if len(layers) <= 40 else [k for k in layers if k % 5 == 0 or k == first]
+    figure.update_yaxes(
+        title="layer (0-based)",
+        autorange="reversed",
+        tickvals=shown,
+        ticktext=[
+            f'<b><span style="color:{ACCENT}">{k}</span></b>' if k == first else str(k)
+            for k in shown
+        ],
+        showgrid=False,
+        zeroline=False,
+    )
+    every = max(1, math.ceil(len(names) / 64))
+    figure.update_xaxes(
+        tickvals=columns[::every],
+        ticktext=list(names[::every]),
+        tickfont={"size": 11},
+        showgrid=False,
+        zeroline=False,
+        range=[-0.5, len(names) - 0.5],
+    )
+    return finish(figure, min(190 + 19 * len(layers), 820))
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers in real units for a log colour bar: decades, or 1-2-5 if there are few."""
+    decades = range(math.floor(low), math.ceil(high) + 1)
+    steps = (1,) if high - low > 3 else (1, 2, 5)
+    ticks = [s * 10.0**d for d in decades for s in steps]
+    return [t for t in ticks if low - 0.01 <= math.log10(t) <= high + 0.01]

@@ -1,0 +1,57 @@
+"""What all figures share: colours, words for layers, numbers and tokens, and the layout."""
+
+import html
+import math
+
+import plotly.graph_objects as go
+
+ACCENT = "#D55E00"
+OKABE_ITO = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+GREY = "#8A94A0"
+EMBEDDING = -1
+
+
+def ordinal(n: int) -> str:
+    """1 -> 1st, 2 -> 2nd, 11 -> 11th."""
+    ending = "th" if 10 <= n % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
+    return f"{n}{ending}"
+
+
+def layer_name(layer: int, n_layers: int) -> str:
+    """Name a 0-based layer for people: ``layer 1 (2nd of 32)``."""
+    if layer == EMBEDDING:
+        return "embedding output"
+    return f"layer {layer} ({ordinal(layer + 1)} of {n_layers})"
+
+
+def number(value: float | None) -> str:
+    """A magnitude in at most four significant places, without exponents in the usual range."""
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def visible(token: object) -> str:
+    """A token with its invisible characters made visible: ``␣film``, ``⏎``."""
+    text = str(token).replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text) or "(empty)"
+
+
+def plain(token: object) -> str:
+    """A visible token that plotly, which reads some HTML, shows as it is."""
+    return html.escape(visible(token), quote=False)
+
+
+def finish(figure: go.Figure, height: int) -> go.Figure:
+    """The look that every figure shares."""
+    return figure.update_layout(
+        height=height,
+        margin={"l": 8, "r": 8, "t": 36, "b": 8},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        hovermode="closest",
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "xanchor": "left"},
+    )

@@ -1,0 +1,150 @@
+"""Figures of fine-tuning: the loss curve of a run and several runs over each other."""
+
+import html
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from zo_core.plots.style import ACCENT, DASHES, OKABE_ITO, finish
+
+CURVE_POINTS = 2000
+AXES = {"step": "steps", "forward_passes": "forward passes", "seconds": "time (s)"}
+"""Columns that a loss curve can be drawn against."""
+
+
+def thin(x: np.ndarray, y: np.ndarray, limit: int = CURVE_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """Keep at most ``limit`` points of a curve: the smallest and largest of each stretch.
+
+    Peaks survive, and a stretch of only non-finite values leaves one, which draws as a gap.
+    """
+    if len(x) <= limit:
+        return x, y
+    keep = []
+    for stretch in np.array_split(np.arange(len(x)), limit // 2):
+        part = y[stretch]
+        if np.isfinite(part).any():
+            ends = {int(stretch[np.nanargmin(part)]), int(stretch[np.nanargmax(part)])}
+            keep.extend(sorted(ends))
+        else:
+            keep.append(int(stretch[0]))
+    return x[keep], y[keep]
+
+
+def smooth(loss: np.ndarray, span: int) -> np.ndarray:
+    """Exponential moving average over about ``span`` steps; non-finite values are passed over."""
+    return pd.Series(loss).ewm(span=span, adjust=True).mean().to_numpy()
+
+
+def loss_curve(
+    steps: pd.DataFrame,
+    evals: pd.DataFrame,
+    axis: str = "step",
+    span: int = 50,
+    uirevision: str = "",
+) -> go.Figure:
+    """Training loss, raw and smoothed, above the accuracy of the evaluations.
+
+    Args:
+        steps: columns ``step, loss, forward_passes, seconds`` (the last two cumulative).
+        evals: columns ``step, accuracy``.
+        axis: a key of :data:`AXES`.
+        span: steps of the moving average.
+        uirevision: zoom survives redraws while this stays the same.
+    """
+    rows = 1 if evals.empty else 2
+    figure = make_subplots(
+        rows=rows,
+        cols=1,
+        shared_xaxes=True,
+        row_heights=[0.68, 0.32][:rows],
+        vertical_spacing=0.06,
+    )
+    x = steps[axis].to_numpy(dtype=float)
+    loss = steps["loss"].to_numpy(dtype=float)
+    hover = f"{AXES[axis]} %{{x:,.6~g}}: loss %{{y:.4f}}<extra></extra>"
+    for y, name, line in (
+        (loss, "loss", {"color": "#56B4E9", "width": 1}),
+        (smooth(loss, span), f"smoothed (EMA over {span} steps)", {"color": ACCENT, "width": 2.5}),
+    ):
+        px, py = thin(x, y)
+        figure.add_scatter(
+            x=px,
+            y=py,
+            name=name,
+            mode="lines" if len(px) > 1 else "markers",
+            line=line,
+            opacity=0.6 if name == "loss" else 1,
+            hovertemplate=hover,
+            row=1,
+            col=1,
+        )
+    broken = steps[~np.isfinite(loss)]
+    if not broken.empty:
+        figure.add_scatter(
+            x=broken[axis],
+            y=[float(np.nanmin(loss)) if np.isfinite(loss).any() else 0.0] * len(broken),
+            name="loss is not finite",
+            mode="markers",
+            row=1,
+            col=1,
+            marker={"symbol": "x", "size": 9, "color": OKABE_ITO[3]},
+            hovertemplate=f"{AXES[axis]} %{{x}}: loss is not finite<extra></extra>",
+        )
+    if not evals.empty:
+        # An evaluation happens at a step; on the other axes it sits where that step was.
+        at = np.interp(
+            evals["step"].to_numpy(dtype=float),
+            np.concatenate([[0.0], steps["step"].to_numpy(dtype=float)]),
+            np.concatenate([[0.0], x]),
+        )
+        figure.add_scatter(
+            x=at,
+            y=100 * evals["accuracy"].to_numpy(dtype=float),
+            name="validation accuracy",
+            mode="lines+markers",
+            line={"color": OKABE_ITO[2], "dash": "dot", "width": 2},
+            marker={"symbol": "diamond", "size": 9},
+            cliponaxis=False,
+            row=2,
+            col=1,
+            customdata=evals["step"],
+            hovertemplate="step %{customdata}: accuracy %{y:.1f} %<extra></extra>",
+        )
+        figure.update_yaxes(title="accuracy (%)", row=2, col=1)
+    figure.update_yaxes(title="loss (nats)", row=1, col=1)
+    figure.update_xaxes(title=AXES[axis], rangemode="tozero", row=rows, col=1)
+    figure.update_layout(uirevision=uirevision)
+    return finish(figure, 520)
+
+
+def overlay(curves: Mapping[str, pd.DataFrame], axis: str = "step", span: int = 50) -> go.Figure:
+    """Smoothed loss curves of several runs, told apart by colour and dash.
+
+    Args:
+        curves: label -> columns ``step, loss, forward_passes, seconds``.
+        axis: a key of :data:`AXES`.
+        span: steps of the moving average.
+    """
+    figure = go.Figure()
+    for i, (label, steps) in enumerate(curves.items()):
+        loss = smooth(steps["loss"].to_numpy(dtype=float), span)
+        x, y = thin(steps[axis].to_numpy(dtype=float), loss)
+        figure.add_scatter(
+            x=x,
+            y=y,
+            name=html.escape(label, quote=False),
+            mode="lines",
+            line={
+                "color": OKABE_ITO[i % len(OKABE_ITO)],
+                "dash": DASHES[(i // len(OKABE_ITO) + i) % len(DASHES)],
+                "width": 2,
+            },
+            hovertemplate="%{x:,.6~g}: loss %{y:.4f}<extra>%{fullData.name}</extra>",
+        )
+    figure.update_xaxes(title=AXES[axis], rangemode="tozero")
+    figure.update_yaxes(title=f"loss (nats), EMA over {span} steps")
+    figure.update_layout(uirevision=f"overlay-{axis}")
+    return finish(figure, 440)

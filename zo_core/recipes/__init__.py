@@ -1,0 +1,1 @@
+"""One flat function per job: what the worker runs. Each reads like the steps of the job."""

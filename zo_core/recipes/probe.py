@@ -1,0 +1,77 @@
+"""Probe: perturbation sensitivity layer by layer; tables grow while it runs."""
+
+import time
+
+import pandas as pd
+
+from zo_core.analysis.sensitivity import ProbeSettings, probe_layer, summarise
+from zo_core.errors import UserError
+from zo_core.jobs import ProbeJob
+from zo_core.models import resident
+from zo_core.progress import JobContext
+from zo_core.provenance import provenance
+from zo_core.runs import Run, to_json
+from zo_core.tasks.data import load_task
+from zo_core.tasks.scoring import task_loss
+from zo_core.tasks.templates import encode
+from zo_core.zo.forward import FastForward
+from zo_core.zo.trainer import batch_indices
+
+
+def run_probe(job: ProbeJob, run: Run, context: JobContext) -> None:
+    """Probe the layers of a model on one batch of a task."""
+    data = load_task(job.task, job.data_dir)
+    loaded = resident.acquire(job, context.log)
+    count = len(loaded.decoder)
+    layers = list(range(count)) if job.layers is None else job.layers
+    if layers[-1] >= count:
+        raise UserError(
+            f"layers: layer {layers[-1]} is out of range: {job.model} has layers 0 to {count - 1}."
+        )
+    indices = batch_indices(job.seed, 1, len(data.train), job.batch_size)
+    examples = [encode(data.task, data.train[i], loaded.tokenizer, loaded.context) for i in indices]
+    forward = FastForward(loaded)
+    prepared = forward.prepare(examples)
+    base_loss = float(task_loss(forward.logits(prepared), prepared.scored))
+
+    began = time.perf_counter()
+    total, done = len(layers) * job.draws, 0
+    settings = ProbeSettings(job.draws, job.eps, job.noise, job.seed)
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        context.progress(done, total, f"layer {layers[(done - 1) // job.draws]}")
+        context.check_cancelled()
+
+    context.progress(0, total, f"layer {layers[0]}")
+    tables: list[pd.DataFrame] = []
+    for layer in layers:
+        tables.append(probe_layer(loaded, layer, examples, settings, tick))
+        _write_tables(run, pd.concat(tables, ignore_index=True))
+    summary = summarise(pd.concat(tables, ignore_index=True))
+    strength = summary[summary["metric"] == "abs_projected_gradient"]
+    facts = {"run_id": run.run_id, "job": job.model_dump(), "base_loss": base_loss}
+    run.write_result("provenance.json", to_json(facts | provenance(loaded)))
+    run.write_result(
+        "summary.json",
+        to_json(
+            {
+                "model": job.model,
+                "task": job.task,
+                "n_layers": count,
+                "layers": layers,
+                "draws": job.draws,
+                "eps": job.eps,
+                "base_loss": base_loss,
+                "most_sensitive_layer": int(strength.loc[strength["mean"].idxmax(), "layer"]),
+                "seconds": round(time.perf_counter() - began, 3),
+            }
+        ),
+    )
+
+
+def _write_tables(run: Run, draws: pd.DataFrame) -> None:
+    for name, table in (("draws", draws), ("layers", summarise(draws))):
+        run.write_result(f"{name}.parquet", table.to_parquet(index=False))
+        run.write_result(f"{name}.csv", table.to_csv(index=False))

@@ -1,0 +1,91 @@
+"""Scan: activation statistics of every layer, and what each outlier rule says of them."""
+
+import time
+from typing import Any
+
+import pandas as pd
+
+from zo_core.analysis.activations import EMBEDDING, ActivationScan
+from zo_core.analysis.outliers import RULES, Verdict, first_outlier_layer
+from zo_core.jobs import ScanJob
+from zo_core.models import resident
+from zo_core.models.load import LoadedModel
+from zo_core.progress import JobContext
+from zo_core.runs import Run, to_json
+from zo_core.tasks.texts import texts_of, tokenise
+
+
+def run_scan(job: ScanJob, run: Run, context: JobContext) -> None:
+    """Scan a model and write its tables."""
+    texts = texts_of(job)
+    loaded = resident.acquire(job, context.log)
+    began = time.perf_counter()
+    scan = scan_texts(loaded, job, texts, context)
+    layers = scan.layers()
+    verdicts = {name: first_outlier_layer(name, layers) for name in RULES}
+    for name, table in (
+        ("layers", layers),
+        ("channels", scan.channels()),
+        ("tokens", scan.tokens()),
+    ):
+        run.write_result(f"{name}.parquet", table.to_parquet(index=False))
+    summary = _summary(job, loaded, scan, layers, verdicts, time.perf_counter() - began)
+    run.write_result("summary.json", to_json(summary))
+    for name, verdict in verdicts.items():
+        context.log(f"{name}: {verdict.reason}")
+    for row in layers[layers["nonfinite"] > 0].itertuples():
+        context.log(f"layer {row.layer} has {row.nonfinite} NaN or infinite activations")
+
+
+def scan_texts(
+    loaded: LoadedModel, job: ScanJob, texts: list[str], context: JobContext
+) -> ActivationScan:
+    """Run texts through the model under the job's settings."""
+    longest = min(job.max_tokens, loaded.context)
+    sequences = tokenise(texts, loaded.tokenizer, job.bos, longest)
+    if len(sequences) < len(texts):
+        context.log(f"{len(texts) - len(sequences)} texts were too short and left out")
+    scan = ActivationScan(loaded)
+
+    def tick(done: int) -> None:
+        context.progress(done, len(sequences), f"{done} of {len(sequences)} texts")
+        context.check_cancelled()
+
+    context.check_cancelled()
+    scan.run(sequences, job.batch_size, tick)
+    return scan
+
+
+def find_first_outlier_layer(loaded: LoadedModel, rule: str, context: JobContext) -> Verdict:
+    """What a rule says of a loaded model on the bundled passages."""
+    job = ScanJob(model=loaded.name)
+    scan = scan_texts(loaded, job, texts_of(job), context)
+    return first_outlier_layer(rule, scan.layers())
+
+
+def _summary(
+    job: ScanJob,
+    loaded: LoadedModel,
+    scan: ActivationScan,
+    layers: pd.DataFrame,
+    verdicts: dict[str, Verdict],
+    seconds: float,
+) -> dict[str, Any]:
+    blocks = layers[layers["layer"] != EMBEDDING]
+    return {
+        "model": job.model,
+        "revision": job.revision,
+        "dtype": loaded.dtype_name,
+        "device": str(loaded.device),
+        "n_layers": len(loaded.decoder),
+        "hidden_size": loaded.info.hidden_size,
+        "top1": blocks["top1"].tolist(),
+        "median": blocks["median"].tolist(),
+        "first_outlier_layer": {name: v.layer for name, v in verdicts.items()},
+        "verdicts": {n: {"layer": v.layer, "reason": v.reason} for n, v in verdicts.items()},
+        "bos": {"setting": job.bos, "token": loaded.tokenizer.bos_token},
+        "text": job.text,
+        "n_sequences": scan.n_sequences,
+        "n_tokens": scan.n_tokens,
+        "seconds": round(seconds, 3),
+    }

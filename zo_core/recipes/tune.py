@@ -1,0 +1,179 @@
+"""Tune: zeroth-order fine-tuning of a scope, with evaluation before and after, and resume."""
+
+from typing import Any
+
+from zo_core.errors import UserError
+from zo_core.jobs import TuneJob
+from zo_core.models import resident
+from zo_core.models.load import LoadedModel
+from zo_core.progress import JobContext
+from zo_core.provenance import provenance
+from zo_core.recipes.scan import find_first_outlier_layer
+from zo_core.runs import Run, to_json
+from zo_core.tasks.data import TaskData, load_task
+from zo_core.tasks.scoring import evaluate
+from zo_core.tasks.templates import Example, encode
+from zo_core.zo.checkpoint import restore_run, save_checkpoint
+from zo_core.zo.forward import FastForward, Forward, ReferenceForward
+from zo_core.zo.scope import TunedScope, check_layer, scope_parameters
+from zo_core.zo.trainer import LossNotFiniteError, Progress, train
+
+
+def run_tune(job: TuneJob, run: Run, context: JobContext) -> None:
+    """Tune a scope, or go on with a run that was interrupted."""
+    data = load_task(job.task, job.data_dir, job.train_examples, job.eval_examples, job.seed)
+    loaded = resident.acquire(job, context.log)
+    layer = _resolve_layer(job, run, loaded, context)
+    training, validation = _encode(data, loaded, context)
+    forward, reason = _choose_path(job, loaded, layer)
+    for examples in (training, validation):
+        if isinstance(forward, FastForward):
+            forward.register(examples)
+    scope = TunedScope(scope_parameters(loaded, layer))
+    context.detail(
+        layer=layer,
+        path=forward.name,
+        path_reason=reason,
+        lr=job.effective_lr,
+        tuned_parameters=scope.size,
+    )
+    try:
+        records = restore_run(run, job, scope)
+        progress = _progress_of(records)
+        if progress.step:
+            context.log(f"Resuming after step {progress.step}")
+        evaluations = {r["step"]: r for r in records if r["kind"] == "eval"}
+
+        def measure(step: int) -> None:
+            if step in evaluations:
+                return
+
+            def tick(done: int) -> None:
+                message = f"evaluating: {done} of {len(validation)} validation rows"
+                context.progress(step, job.steps, message)
+                context.check_cancelled()
+
+            result = evaluate(forward, validation, tick=tick)
+            record = {"kind": "eval", "step": step, "split": "validation", **result}
+            run.append_metrics(record)
+            evaluations[step] = record
+            context.log(
+                f"step {step}: validation accuracy {result['accuracy']:.4f}, "
+                f"loss {result['loss']:.4f} ({result['examples']} rows)"
+            )
+
+        def due(step: int) -> bool:
+            return step in {0, job.steps} or bool(job.eval_every and step % job.eval_every == 0)
+
+        def on_step(record: dict[str, Any]) -> None:
+            step = record["step"]
+            run.append_metrics(record)
+            context.progress(step, job.steps, f"step {step} of {job.steps}")
+            if step % job.checkpoint_every == 0 or step == job.steps:
+                save_checkpoint(run, job, scope, step)
+            context.check_cancelled()
+            if due(step):
+                measure(step)
+
+        if due(progress.step):
+            measure(progress.step)
+        context.detail(before=_outcome(evaluations[0]))
+        try:
+            train(job, forward, scope, training, progress, on_step)
+        except LossNotFiniteError:
+            run.append_metrics({"kind": "stopped", "step": progress.step + 1, "loss": None})
+            raise
+        finally:
+            if progress.step:
+                scope.restore()
+                save_checkpoint(run, job, scope, progress.step)
+    finally:
+        scope.close()
+
+    rate = job.steps / progress.seconds if progress.seconds else None
+    run.write_result(
+        "summary.json",
+        to_json(
+            {
+                "run_id": run.run_id,
+                "model": job.model,
+                "task": job.task,
+                "scope": job.scope,
+                "layer": layer,
+                "path": forward.name,
+                "path_reason": reason,
+                "steps": job.steps,
+                "lr": job.effective_lr,
+                "seed": job.seed,
+                "before": _outcome(evaluations[0]),
+                "after": _outcome(evaluations[job.steps]),
+                "steps_per_second": rate,
+                "forward_passes": progress.forward_passes,
+                "tuned_parameters": scope.size,
+                "seconds": round(progress.seconds, 3),
+                "data": data.source,
+                "train_examples": len(training),
+            }
+        ),
+    )
+    facts = {"run_id": run.run_id, "job": job.model_dump()}
+    run.write_result("provenance.json", to_json(facts | provenance(loaded)))
+
+
+def _resolve_layer(
+    job: TuneJob, run: Run, loaded: LoadedModel, context: JobContext
+) -> int | None:
+    """The tuned layer, None for the full model. A resumed run keeps the layer it began with."""
+    if job.scope == "full":
+        return None
+    name = job.scope.removeprefix("layer:")
+    if name != "auto":
+        return check_layer(int(name), loaded)
+    known = run.status().details.get("layer")
+    if known is not None:
+        return check_layer(int(known), loaded)
+    context.progress(0, job.steps, "looking for the first outlier layer")
+    verdict = find_first_outlier_layer(loaded, job.rule, context)
+    if verdict.layer is None:
+        raise UserError(
+            f"scope: the rule {job.rule} names no first outlier layer of {job.model} "
+            f"({verdict.reason.rstrip('.')}): choose a layer, for example layer:1, or another rule."
+        )
+    context.log(f"layer:auto is layer {verdict.layer}: {verdict.reason}")
+    return verdict.layer
+
+
+def _encode(
+    data: TaskData, loaded: LoadedModel, context: JobContext
+) -> tuple[list[Example], list[Example]]:
+    """Tokenised training and validation rows; truncated ones are counted in the log."""
+    splits = [
+        [encode(data.task, row, loaded.tokenizer, loaded.context) for row in rows]
+        for rows in (data.train, data.validation)
+    ]
+    cut = sum(e.truncated for split in splits for e in split)
+    if cut:
+        context.log(f"{cut} rows are longer than {loaded.context} tokens: cut on the left")
+    return splits[0], splits[1]
+
+
+def _choose_path(
+    job: TuneJob, loaded: LoadedModel, layer: int | None
+) -> tuple[Forward, str]:
+    if job.path == "reference":
+        return ReferenceForward(loaded), "asked for"
+    if layer is None:
+        return FastForward(loaded), "full scope: no frozen prefix to cache"
+    return FastForward(loaded, layer), f"layers below {layer} are frozen and cached"
+
+
+def _progress_of(records: list[dict[str, Any]]) -> Progress:
+    steps = [r for r in records if r["kind"] == "step"]
+    if not steps:
+        return Progress()
+    last = steps[-1]
+    return Progress(last["step"], last["seconds"], last["forward_passes"])
+
+
+def _outcome(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: record[name] for name in ("accuracy", "loss", "examples")}

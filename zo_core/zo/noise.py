@@ -1,0 +1,118 @@
+"""Counter-based perturbations: ``z[i] = f(seed, step, direction, parameter name, i)``.
+
+Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") turns a 64-bit
+key and a 128-bit counter into four 32-bit words. The key is a hash of (seed, step, direction,
+parameter name), the counter is the index within the parameter. So z does not depend on which other
+parameters are tuned, on their order, on the device or on how many devices there are; any step can
+be replayed alone.
+
+* ``gaussian``: words (a, b) of counter i // 4 give two normals by Box-Muller,
+  ``sqrt(-2 ln u) (cos, sin)(2 pi v)`` with ``u = (a + 1/2) 2**-32``, ``v = b 2**-32``, in float32:
+  equal across devices to float32 rounding.
+* ``rademacher``: bit ``i % 128`` of counter ``i // 128``: equal everywhere, bit for bit.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}
+"""Values a chunk: on the CPU the integer passes stay in the cache, on a GPU memory stays bounded."""
+
+
+def key(seed: int, step: int, name: str, direction: int = 0) -> int:
+    """64-bit Philox key of one parameter's perturbation at one step."""
+    text = f"{seed}/{step}/{direction}/{name}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def philox(key: int, counters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Philox4x32-10 of counters ``(c, 0, 0, 0)``.
+
+    Args:
+        key: 64-bit key.
+        counters: int64 [n], each below 2**32.
+
+    Returns:
+        Four int64 [n] tensors of 32-bit words.
+    """
+    k0, k1 = key & _MASK, key >> 32
+    c0, c1 = counters, torch.zeros_like(counters)
+    c2, c3 = torch.zeros_like(counters), torch.zeros_like(counters)
+    for _ in range(10):
+        # int64 products wrap modulo 2**64, which keeps all 64 bits of a 32 x 32-bit product.
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
+            p1 & _MASK,
+            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
+            p0 & _MASK,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def _gaussian(words: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    pairs = []
+    for a, b in (words[:2], words[2:]):
+        radius = a.to(torch.float32).add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
+        angle = b.to(torch.float32).mul_(2.0 * math.pi * 2.0**-32)
+        pairs += [radius * angle.cos(), radius * angle.sin()]
+    return torch.stack(pairs, dim=1).flatten()
+
+
+def _rademacher(words: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    bits = torch.arange(32, device=words[0].device)
+    stacked = torch.stack(words, dim=1)[..., None]
+    return ((stacked >> bits) & 1).mul_(2).sub_(1).to(torch.float32).flatten()
+
+
+_KINDS = {"gaussian": (_gaussian, 4), "rademacher": (_rademacher, 128)}
+
+
+def perturbation(
+    kind: str,
+    seed: int,
+    step: int,
+    name: str,
+    shape: Sequence[int],
+    device: torch.device | str = "cpu",
+    direction: int = 0,
+) -> torch.Tensor:
+    """The perturbation ``z`` of one parameter.
+
+    Args:
+        kind: ``gaussian`` or ``rademacher``; both have mean 0 and variance 1.
+        seed: the run's seed.
+        step: the step, counted from 1.
+        name: the parameter's name in ``model.named_parameters()``.
+        shape: the parameter's shape; z is laid out in row-major order.
+        device: where z is made.
+        direction: index of the direction within the step.
+
+    Returns:
+        float32 tensor of ``shape``.
+
+    Raises:
+        ValueError: unknown kind, or a parameter of 2**32 counters or more.
+    """
+    if kind not in _KINDS:
+        raise ValueError(f"noise {kind!r} is unknown: choose one of {', '.join(_KINDS)}.")
+    transform, width = _KINDS[kind]
+    values = math.prod(shape)
+    counters = -(-values // width)
+    if counters > _MASK:
+        raise ValueError(f"{name} has {values} values: more than one Philox stream holds.")
+    stream = key(seed, step, name, direction)
+    chunk = _CHUNK[torch.device(device).type] // width
+    out = torch.empty(counters * width, dtype=torch.float32, device=device)
+    for start in range(0, counters, chunk):
+        stop = min(start + chunk, counters)
+        words = philox(stream, torch.arange(start, stop, device=device))
+        out[start * width : stop * width] = transform(words)
+    return out[:values].view(*shape)

@@ -1,0 +1,136 @@
+"""Scope: the set of tuned parameters, and its fp32 master.
+
+The working weights may be bf16 or fp16, where ``+eps z, -2 eps z, +eps z`` drifts and small updates
+round away. So the scope keeps the weights' true values in float32, and every perturbed, restored
+or updated working weight is one rounding of a float32 expression of them:
+
+* perturb:  ``W = round(master + sign eps z)``
+* restore:  ``W = round(master)`` - exact, bit for bit
+* update:   ``master -= lr (g z + weight_decay master)``, then restore (MeZO, Algorithm 1)
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from zo_core.errors import UserError
+from zo_core.models.load import LoadedModel
+from zo_core.models.memory import NOISE_BOUND
+from zo_core.zo.noise import perturbation
+
+NO_DECAY = re.compile(r"bias|norm|ln_", re.IGNORECASE)
+"""Parameters that weight decay leaves alone: biases and every kind of norm."""
+
+
+def check_layer(layer: int, loaded: LoadedModel) -> int:
+    """The layer, if the model has it.
+
+    Raises:
+        UserError: it is out of range.
+    """
+    count = len(loaded.decoder)
+    if not 0 <= layer < count:
+        raise UserError(
+            f"scope: layer {layer} is out of range: {loaded.name} has layers 0 to {count - 1}."
+        )
+    return layer
+
+
+def scope_parameters(loaded: LoadedModel, layer: int | None) -> dict[str, torch.Tensor]:
+    """Name -> working weight of a scope: one decoder layer, or the full model for None."""
+    if layer is None:
+        return dict(loaded.model.named_parameters())
+    prefix = f"{loaded.decoder.prefix}.{check_layer(layer, loaded)}."
+    return {n: p for n, p in loaded.model.named_parameters() if n.startswith(prefix)}
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What determines a perturbation, apart from the parameter."""
+
+    noise: str
+    seed: int
+    step: int
+    direction: int = 0
+
+
+class TunedScope:
+    """Working weights of a scope with their fp32 master. ``close`` leaves the model as it was."""
+
+    def __init__(self, parameters: dict[str, torch.Tensor]) -> None:
+        """Take charge of the weights.
+
+        Args:
+            parameters: name -> working weight, changed in place from now on.
+        """
+        self.parameters = parameters
+        self.master = {n: p.detach().to(torch.float32, copy=True) for n, p in parameters.items()}
+        self._base = {n: p.detach().clone() for n, p in parameters.items()}
+        self.size = sum(p.numel() for p in parameters.values())
+        self._keep_noise = self.size <= NOISE_BOUND
+        self._noise: dict[str, torch.Tensor] = {}
+        self._noise_of: Draw | None = None
+
+    def z(self, name: str, draw: Draw) -> torch.Tensor:
+        """The perturbation of one parameter; small scopes keep it for the length of a step."""
+        if self._noise_of != draw:
+            self._noise, self._noise_of = {}, draw
+        if name in self._noise:
+            return self._noise[name]
+        parameter = self.parameters[name]
+        z = perturbation(
+            draw.noise,
+            draw.seed,
+            draw.step,
+            name,
+            parameter.shape,
+            parameter.device,
+            draw.direction,
+        )
+        if self._keep_noise:
+            self._noise[name] = z
+        return z
+
+    @torch.no_grad()
+    def perturb(self, draw: Draw, scale: float) -> None:
+        """Set the working weights to ``master + scale z``."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(torch.add(self.master[name], self.z(name, draw), alpha=scale))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Set the working weights to the master, exactly."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.master[name])
+
+    @torch.no_grad()
+    def update(self, draw: Draw, g: float, lr: float, weight_decay: float = 0.0) -> None:
+        """Step the master against ``g z`` and restore the working weights from it."""
+        for name, master in self.master.items():
+            if weight_decay and not NO_DECAY.search(name):
+                master.mul_(1.0 - lr * weight_decay)
+            master.add_(self.z(name, draw), alpha=-lr * g)
+        self.restore()
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Set master and working weights from saved fp32 tensors.
+
+        Raises:
+            UserError: names or shapes are not this scope's.
+        """
+        shapes = {n: tuple(m.shape) for n, m in self.master.items()}
+        if {n: tuple(t.shape) for n, t in tensors.items()} != shapes:
+            raise UserError("The checkpoint does not belong to this scope: its tensors differ.")
+        for name, master in self.master.items():
+            master.copy_(tensors[name])
+        self.restore()
+
+    @torch.no_grad()
+    def close(self) -> None:
+        """Give the model back as it was before."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self._base[name])
+
+
