@@ -6,13 +6,15 @@ import streamlit as st
 
 from pages.parts import curve, history, launch, run_view
 from pages.parts.choice import Choice, current, describe, line
-from pages.parts.forms import data_folder, task_picker
+from pages.parts.forms import data_folder, missing_layers, task_picker
+from pages.parts.frame import begin
 from pages.parts.words import count, duration, plain
 from zo_core import export, plots
 from zo_core.jobs import TuneJob, command_line, recommended_lr
 
 SCOPES = {"auto": "Dominant layer (auto)", "layer": "One layer", "full": "All layers"}
 FIELDS = TuneJob.model_fields
+ONE_LAYER = re.compile(r"^layer:(\d{1,5})$")
 
 
 def adopt_link() -> None:
@@ -21,7 +23,7 @@ def adopt_link() -> None:
     if scope is None:
         return
     del st.query_params["scope"]
-    layer = re.fullmatch(r"layer:(\d{1,5})", scope)
+    layer = ONE_LAYER.match(scope)
     if layer:
         st.session_state["tune_scope"] = "layer"
         st.session_state["tune_layer"] = int(layer[1])
@@ -56,9 +58,7 @@ def pick_scope(choice: Choice) -> str:
     if kind == "layer":
         if layer is None:
             return "layer:"
-        if n_layers and not 0 <= layer < n_layers:
-            st.warning(f"This model has layers 0 to {n_layers - 1}: there is no layer {layer}.")
-        elif n_layers:
+        if n_layers and 0 <= layer < n_layers:
             mark = ", the first outlier layer of the latest scan" if layer == found else ""
             st.caption(f"{plots.layer_name(layer, n_layers).capitalize()}{mark}.")
         return f"layer:{layer}"
@@ -72,7 +72,7 @@ def pick_scope(choice: Choice) -> str:
     return "layer:auto"
 
 
-def integers(values: dict, names: dict[str, str], width: int = 150) -> None:
+def integers(values: dict, names: dict[str, str], width: int = 120) -> None:
     """Number fields of a job spec, by field name and label."""
     for name, label in names.items():
         values[name] = st.number_input(
@@ -99,7 +99,7 @@ def form(choice: Choice) -> None:
             step=1e-6,
             format="%g",
             key="tune_lr",
-            width=200,
+            width=190,
             placeholder=f"{recommended_lr(choice.model, scope):g} (recommended)",
             help="Empty: the recommended rate",
             persist_state="session",
@@ -110,7 +110,7 @@ def form(choice: Choice) -> None:
             step=1e-4,
             format="%g",
             key="tune_eps",
-            width=150,
+            width=110,
             help="Perturbation scale",
             persist_state="session",
         )
@@ -150,7 +150,15 @@ def form(choice: Choice) -> None:
             persist_state="session",
         )
         values["data_dir"] = data_folder("tune")
-    launch.launch_row(TuneJob, values | choice.fields(), "Fine-tune", key="start_tune")
+    launch.launch_row(
+        TuneJob,
+        values | choice.fields(),
+        "Fine-tune",
+        key="start_tune",
+        problem=missing_layers(choice, [int(layer[1])])
+        if (layer := ONE_LAYER.match(scope))
+        else "",
+    )
 
 
 def facts(entry: history.Entry, metrics: curve.Curve) -> None:
@@ -185,13 +193,33 @@ def facts(entry: history.Entry, metrics: curve.Curve) -> None:
                 height="stretch",
                 delta_color="normal" if key == "accuracy" else "inverse",
             )
-        st.metric("Steps a second", plots.number(speed) if speed else "…", border=True, width=150, height="stretch")
+        st.metric(
+            "Steps a second",
+            plots.number(speed) if speed else "…",
+            border=True,
+            width=150,
+            height="stretch",
+        )
         if status.live:
-            st.metric("Time left", duration(float(left)) if left else "…", border=True, width=150, height="stretch")
+            st.metric(
+                "Time left",
+                duration(float(left)) if left else "…",
+                border=True,
+                width=150,
+                height="stretch",
+            )
         elif summary.get("seconds"):
-            st.metric("Time", duration(summary["seconds"]), border=True, width=150, height="stretch")
+            st.metric(
+                "Time", duration(summary["seconds"]), border=True, width=150, height="stretch"
+            )
         passes = metrics.columns["forward_passes"]
-        st.metric("Forward passes", f"{passes[-1]:,.0f}" if passes else "0", border=True, width=150, height="stretch")
+        st.metric(
+            "Forward passes",
+            f"{passes[-1]:,.0f}" if passes else "0",
+            border=True,
+            width=150,
+            height="stretch",
+        )
     notes = [f"scope {entry.scope}"]
     tuned = summary.get("tuned_parameters") or status.details.get("tuned_parameters")
     if tuned:
@@ -251,7 +279,6 @@ def downloads(entry: history.Entry, figure: object) -> None:
             key="download_metrics",
             icon=":material/download:",
             on_click="ignore",
-            help="Every step and evaluation",
         )
         if checkpoint.is_file():
             st.download_button(
@@ -262,7 +289,6 @@ def downloads(entry: history.Entry, figure: object) -> None:
                 key="download_checkpoint",
                 icon=":material/download:",
                 on_click="ignore",
-                help="The tuned tensors in float32",
             )
         st.download_button(
             "Figure (HTML)",
@@ -280,11 +306,11 @@ def downloads(entry: history.Entry, figure: object) -> None:
         )
 
 
-st.title("Fine-tune", anchor=False)
-st.markdown(
+begin(
+    "Fine-tune",
     "Zeroth-order SGD estimates the gradient from two forward passes a step, without "
     "backpropagation. Tuning the dominant layer alone is often as good as tuning all layers, and "
-    "faster."
+    "faster.",
 )
 adopt_link()
 choice = current()

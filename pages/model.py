@@ -8,6 +8,7 @@ import streamlit as st
 
 from pages.parts import history, launch, run_view
 from pages.parts.choice import Choice, current, describe, remember
+from pages.parts.frame import begin
 from pages.parts.routes import PAGES
 from pages.parts.words import count, plain, size
 from zo_core import backend
@@ -57,7 +58,7 @@ def steps(choice: Choice, info: ModelInfo | None) -> None:
             "Fine-tune",
             "Tune the dominant layer with zeroth-order SGD: forward passes only."
             if tune is None
-            else f"{tune.scope}: {tune.key_result}",
+            else f"Scope {plain(tune.scope)}: {tune.key_result}",
             tune,
         ),
     )
@@ -69,7 +70,7 @@ def steps(choice: Choice, info: ModelInfo | None) -> None:
             st.markdown(f"**{title}**" + (" :green[:material/check:]" if entry else ""))
             st.markdown(text)
             if st.button(
-                f"Open {label}",
+                label,
                 key=f"open_{page}",
                 icon=":material/arrow_forward:",
                 type="primary" if i == upcoming else "secondary",
@@ -259,17 +260,20 @@ def loading(choice: Choice) -> None:
         run_view.follow(shown, lambda entry: None, every=0.5)
 
 
-st.title("ZOScope", anchor=False)
-st.markdown(
+begin(
+    "ZOScope",
     "See which decoder layer dominates zeroth-order fine-tuning of a language model, and tune that "
-    "layer."
+    "layer.",
 )
 choice = current()
 info, problem = describe(choice)
 steps(choice, info)
 st.header("Model", anchor=False)
-left, right = st.columns(2, gap="large")
-with left, st.container(key="model_picker"):
+# Side by side where there is room, below each other where there is not.
+with st.container(horizontal=True, gap="large"):
+    left = st.container(width=500, key="model_picker")
+    right = st.container(width=500, key="model_facts")
+with left:
     chosen = pick(choice)
     if chosen != choice:
         remember(chosen)

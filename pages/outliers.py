@@ -7,6 +7,7 @@ import streamlit as st
 
 from pages.parts import history, launch, run_view
 from pages.parts.choice import Choice, current, line
+from pages.parts.frame import begin
 from pages.parts.routes import PAGES
 from pages.parts.words import plain
 from zo_core import export, plots
@@ -345,10 +346,10 @@ def show(entry: history.Entry) -> None:
         results(entry)
 
 
-st.title("Outliers", anchor=False)
-st.markdown(
+begin(
+    "Outliers",
     "A scan records the largest activations after every decoder layer. The layer where massive "
-    "activations first appear is the one to fine-tune first."
+    "activations first appear is the one to fine-tune first.",
 )
 choice = current()
 line(choice)

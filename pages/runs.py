@@ -4,6 +4,7 @@ import pandas as pd
 import streamlit as st
 
 from pages.parts import curve, history, run_view
+from pages.parts.frame import begin
 from pages.parts.routes import KIND_TITLES, PAGE_OF_KIND
 from pages.parts.words import clock, elapsed, plain
 from zo_core import plots
@@ -180,7 +181,7 @@ def overlay(selected: list[history.Entry]) -> None:
     )
 
 
-st.title("Runs", anchor=False)
+begin("Runs")
 jobs()
 st.subheader("History", anchor=False)
 everything = history.entries()

@@ -4,8 +4,9 @@ import pandas as pd
 import streamlit as st
 
 from pages.parts import history, launch, run_view
-from pages.parts.choice import Choice, current, line
-from pages.parts.forms import data_folder, parse_layers, task_picker
+from pages.parts.choice import Choice, current, describe, line
+from pages.parts.forms import data_folder, missing_layers, parse_layers, task_picker
+from pages.parts.frame import begin
 from pages.parts.routes import PAGES
 from pages.parts.words import plain
 from zo_core import export, plots
@@ -57,12 +58,24 @@ def form(choice: Choice) -> None:
         )
         values["data_dir"] = data_folder("probe")
     values["layers"] = parse_layers(layers)
-    launch.launch_row(ProbeJob, values | choice.fields(), "Probe", key="start_probe")
+    launch.launch_row(
+        ProbeJob,
+        values | choice.fields(),
+        "Probe",
+        key="start_probe",
+        problem=missing_layers(choice, values["layers"] or []),
+    )
 
 
 @st.cache_data(max_entries=24, show_spinner=False)
 def _table(path: str, changed: int) -> pd.DataFrame:
     return pd.read_parquet(path)
+
+
+def layer_count(entry: history.Entry) -> int | None:
+    """How many layers the probed model has."""
+    info, _ = describe(Choice(entry.job.model, entry.job.revision))
+    return entry.summary.get("n_layers") or (info.n_layers if info else None)
 
 
 def show(entry: history.Entry) -> None:
@@ -79,8 +92,7 @@ def show(entry: history.Entry) -> None:
         return
     job = entry.job
     first, scan = history.outlier_layer(Choice(job.model, job.revision))
-    n_layers = entry.summary.get("n_layers") or (scan and scan.summary.get("n_layers"))
-    n_layers = n_layers or int(layers["layer"].max()) + 1
+    n_layers = layer_count(entry) or int(layers["layer"].max()) + 1
     most = entry.summary.get("most_sensitive_layer")
     if most is not None:
         name = plots.layer_name(most, n_layers)
@@ -110,7 +122,7 @@ def show(entry: history.Entry) -> None:
         required=True,
         persist_state="session",
     )
-    figure = plots.sensitivity(layers, metric, first)
+    figure = plots.sensitivity(layers, metric, first, job.layers or range(n_layers))
     figure.update_layout(uirevision=f"{entry.run_id}-{metric}")
     st.plotly_chart(figure, key="probe_chart", alt=f"{plots.METRICS[metric][0]} by layer")
     note = "Bars: mean over draws; whiskers: 95 % interval (mean ± 1.96 standard errors)."
@@ -131,6 +143,10 @@ def show(entry: history.Entry) -> None:
 
 def downloads(entry: history.Entry, layers: pd.DataFrame, figure: object) -> None:
     """Tidy CSVs, their provenance and the figure."""
+    st.caption(
+        "draws.csv: one row a layer, draw and metric. layers.csv: mean, sd, se and n. "
+        "provenance.json: job, versions, device and seeds of both."
+    )
     draws = entry.run.result("draws.parquet")
     sidecar = entry.run.result_json("provenance.json")
     with st.container(horizontal=True, key="probe_downloads"):
@@ -143,7 +159,6 @@ def downloads(entry: history.Entry, layers: pd.DataFrame, figure: object) -> Non
                 key="download_draws",
                 icon=":material/download:",
                 on_click="ignore",
-                help="One row a layer, draw and metric",
             )
         st.download_button(
             "layers.csv",
@@ -153,7 +168,6 @@ def downloads(entry: history.Entry, layers: pd.DataFrame, figure: object) -> Non
             key="download_layers",
             icon=":material/download:",
             on_click="ignore",
-            help="Mean, sd, se and n of every metric by layer",
         )
         if sidecar:
             st.download_button(
@@ -164,7 +178,6 @@ def downloads(entry: history.Entry, layers: pd.DataFrame, figure: object) -> Non
                 key="download_provenance",
                 icon=":material/download:",
                 on_click="ignore",
-                help="Job, versions, device, seeds: the sidecar of the CSVs",
             )
         st.download_button(
             "Figure (HTML)",
@@ -182,10 +195,10 @@ def downloads(entry: history.Entry, layers: pd.DataFrame, figure: object) -> Non
         )
 
 
-st.title("Sensitivity", anchor=False)
-st.markdown(
+begin(
+    "Sensitivity",
     "A probe adds ±eps z to one layer at a time and measures the projected gradient, the shift of "
-    "the loss and how far the model's output moves."
+    "the loss and how far the model's output moves.",
 )
 choice = current()
 line(choice)

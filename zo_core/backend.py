@@ -86,7 +86,6 @@ def submit(job: Job) -> Run:
     try:
         # This process answers for the run until the engine has taken it.
         run = runs.create(job, Process.current())
-        run.reserve()
     except OSError as error:
         raise BackendError(_unwritable(error)) from error
     _engine().queue(run)

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 from zo_core import engine_state, worker
@@ -61,7 +61,9 @@ class Connection:
         """Have the thread connect, unless it has or tried a moment ago."""
         state, _ = self.status()
         with self._lock:
-            self._share |= share
+            if share and not self._share:
+                self._share = True
+                self._publish()
             if state in ("starting", "ready") or time.monotonic() < self._retry_at:
                 return
         self._ask(None)
@@ -203,7 +205,8 @@ class Connection:
         timer = threading.Timer(START_TIMEOUT, child.kill)
         timer.daemon = True
         timer.start()
-        line = child.stdout.readline().decode() if child.stdout else ""
+        with cast("IO[bytes]", child.stdout) as pipe:
+            line = pipe.readline().decode()
         timer.cancel()
         if not line:
             raise BackendError(
@@ -213,9 +216,13 @@ class Connection:
         address = self._address = EngineAddress.from_json(line)
         client = _client_of(address)
         if self._share:
-            with suppress(OSError):  # sharing is a convenience
-                engine_state.share_engine(address)
+            self._publish()
         return client, f"Running on this machine with {_count(address.workers)}."
+
+    def _publish(self) -> None:
+        if self._child is not None and self._address is not None:
+            with suppress(OSError):  # sharing is a convenience
+                engine_state.share_engine(self._address)
 
     def _hand_over(self, client: "Client", run: Run) -> None:
         from distributed import fire_and_forget

@@ -14,6 +14,7 @@ _NEEDED = re.compile(r"Tried to allocate ([\d.]+ \w+)")
 _FREE = re.compile(r"total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is free")
 _CPU_OOM = "DefaultCPUAllocator"
 _CUDA_ERROR = re.compile(r"CUDA error|CUBLAS_STATUS|CUDNN_STATUS|device-side assert", re.IGNORECASE)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 LESS_MEMORY = "Try dtype bfloat16, a smaller batch_size or shorter texts, or unload other models."
 
 
@@ -33,13 +34,13 @@ class Failure:
 def disk_sentence(error: OSError) -> str | None:
     """A sentence for a full or read-only disk, None for any other error."""
     where = f" ({error.filename})" if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL:
         return (
             f"The disk is full{where}: free some space, or set ZO_CACHE_DIR to another disk; "
             "everything written so far is kept."
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"No permission to write{where}: check the folder, or set ZO_CACHE_DIR to another."
+        return f"Permission denied{where}: check the folder, or set ZO_CACHE_DIR to another."
     return None
 
 
@@ -49,14 +50,12 @@ def describe(error: BaseException) -> Failure:
         return Failure(str(error))
     if isinstance(error, ValidationError):
         return Failure(explain(error))
-    chain = _chain(error)
-    for link in chain:
-        if isinstance(link, OSError) and (sentence := disk_sentence(link)):
-            return Failure(sentence)
-    # safetensors reports a full disk as its own error type with the text of the system's.
-    if "No space left on device" in str(error):
-        return Failure(disk_sentence(OSError(errno.ENOSPC, "")) or "")
     text = str(error)
+    if isinstance(error, OSError) and (sentence := disk_sentence(error)):
+        return Failure(sentence)
+    # Libraries report a full disk as an error of their own, with the system's as text or cause.
+    if "No space left on device" in text or _caused_by_full_disk(error):
+        return Failure(disk_sentence(OSError(errno.ENOSPC, text)) or text)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.cuda.OutOfMemoryError):
         return Failure(_gpu_memory_sentence(text), out_of_memory=True)
@@ -93,11 +92,10 @@ def _first_line(text: str) -> str:
     return line if len(line) <= 300 else f"{line[:297]}..."
 
 
-def _chain(error: BaseException) -> list[BaseException]:
-    """The error and what caused it, nearest first."""
-    links: list[BaseException] = []
+def _caused_by_full_disk(error: BaseException) -> bool:
     link: BaseException | None = error
-    while link is not None and link not in links:
-        links.append(link)
+    while link is not None:
+        if isinstance(link, OSError) and link.errno in FULL:
+            return True
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
-    return links
+    return False

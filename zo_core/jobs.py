@@ -21,7 +21,7 @@ TextSource = Literal["sample", "prompt", "task"]
 Bos = Literal["auto", "add", "none"]
 ForwardPath = Literal["auto", "fast", "reference"]
 
-DEMO_LAYER_LR = 1e-3
+DEMO_LAYER_LR = 5e-4
 DEMO_FULL_LR = 1e-5
 PAPER_LR = 1e-6
 """Middle of the paper's grid {1e-7, 5e-7, 1e-6, 5e-6}, used for every model but the demo."""

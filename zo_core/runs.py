@@ -320,10 +320,16 @@ def create(job: Job, process: Process | None) -> Run:
     stamp = datetime.fromtimestamp(now, UTC).strftime("%Y%m%d-%H%M%S")
     path = settings().runs_dir / f"{stamp}-{job.kind}-{secrets.token_hex(3)}"
     path.mkdir(parents=True)
-    (path / "job.json").write_text(job.model_dump_json(indent=1) + "\n")
-    status = Status(created=now, process=process)
-    replace_file(path / "status.json", to_json(asdict(status)))
-    return Run(path)
+    run = Run(path)
+    try:
+        (path / "job.json").write_text(job.model_dump_json(indent=1) + "\n")
+        run.reserve()
+        status = Status(created=now, process=process)
+        replace_file(path / "status.json", to_json(asdict(status)))
+    except OSError:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+    return run
 
 
 def get(run_id: str) -> Run:
@@ -345,5 +351,9 @@ def list_runs(kinds: tuple[str, ...] = ("scan", "probe", "tune")) -> Iterator[Ru
     root = settings().runs_dir
     names = sorted((p.name for p in root.iterdir()), reverse=True) if root.is_dir() else []
     for name in names:
-        if RUN_ID.match(name) and name.split("-")[2] in kinds and (root / name / "status.json").is_file():
+        if (
+            RUN_ID.match(name)
+            and name.split("-")[2] in kinds
+            and (root / name / "status.json").is_file()
+        ):
             yield Run(root / name)

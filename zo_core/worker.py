@@ -187,7 +187,8 @@ class _Watch:
                 return
             seconds = f"{settings().cancel_grace:g} s"
             self._run.log(f"Still busy {seconds} after the cancel: the worker is killed.")
-            _finish(self._run, state="cancelled", message=f"Cancelled; killed after {seconds}.")
+            with suppress(OSError):  # then it reads as interrupted
+                _finish(self._run, state="cancelled", message=f"Cancelled; killed after {seconds}.")
             self._me.leave(EXIT_KILLED)
 
     def stop(self) -> None:
@@ -216,10 +217,11 @@ def execute(run_id: str, runs_dir: str) -> str:
             return "skipped"
         me.run_id = run_id
         return _run_job(run, me)
-    except Exception as error:  # a disk so full that even the status cannot be written
+    except Exception as error:  # the disk was full when the run was taken or ended
         traceback.print_exc()
-        run.log(f"The status could not be written: {error}")
-        return "lost"
+        with suppress(OSError):
+            _finish(run, state="failed", error=failures.describe(error).sentence)
+        return "failed"
     finally:
         me.run_id = None
 

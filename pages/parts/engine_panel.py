@@ -60,7 +60,7 @@ def _worker(worker: dict) -> None:
     resident = worker.get("resident") or []
     lines += [
         f"resident: {shorten(str(model.get('model')), 28)} · {model.get('dtype')} · "
-        f"{count(model.get('parameters') or 0)} parameters"
+        f"{count(model.get('parameters') or 0)}"
         for model in resident
     ]
     if not resident:

@@ -4,6 +4,7 @@ import re
 
 import streamlit as st
 
+from pages.parts.choice import Choice, describe
 from zo_core.tasks.catalog import TASKS
 
 _RANGE = re.compile(r"^(\d{1,5})-(\d{1,5})$")
@@ -16,7 +17,7 @@ def task_picker(prefix: str) -> str:
         list(TASKS),
         format_func=lambda task: TASKS[task].title,
         key=f"{prefix}_task",
-        width=240,
+        width=210,
         persist_state="session",
     )
 
@@ -33,6 +34,15 @@ def data_folder(prefix: str) -> str | None:
         persist_state="session",
     )
     return folder.strip() or None
+
+
+def missing_layers(choice: Choice, layers: list[int | str]) -> str:
+    """The sentence about layers that the chosen model lacks; empty if it has them all."""
+    info, _ = describe(choice)
+    beyond = [k for k in layers if info and isinstance(k, int) and k >= info.n_layers]
+    if not beyond:
+        return ""
+    return f"{choice.label} has layers 0 to {info.n_layers - 1}: there is no layer {beyond[0]}."
 
 
 def parse_layers(text: str) -> list[int | str] | None:

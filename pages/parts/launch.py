@@ -5,11 +5,14 @@ from typing import Any
 import streamlit as st
 from pydantic import BaseModel, ValidationError
 
+from pages.parts.words import plain
 from zo_core import backend, runs
 from zo_core.jobs import command_line, explain
 
 
-def launch_row(spec: type[BaseModel], values: dict[str, Any], label: str, key: str) -> None:
+def launch_row(
+    spec: type[BaseModel], values: dict[str, Any], label: str, key: str, problem: str = ""
+) -> None:
     """Show the button of a job beside its equivalent command, and start the job on a click.
 
     Args:
@@ -17,17 +20,22 @@ def launch_row(spec: type[BaseModel], values: dict[str, Any], label: str, key: s
         values: its fields as the form gives them, valid or not.
         label: text of the button.
         key: key of the button.
+        problem: what is wrong although the spec is valid, such as a layer the model lacks.
     """
     with st.container(horizontal=True, vertical_alignment="center", key=f"{key}_row"):
         clicked = st.button(label, key=key, type="primary", icon=":material/play_arrow:")
         with st.container(key=f"{key}_command"):
+            job = None
             try:
                 job = spec(**values)
-                st.code(command_line(job), language="bash", wrap_lines=True)
             except ValidationError as error:
-                job = None
-                (st.error if clicked else st.warning)(explain(error), icon=":material/error:")
-    if clicked and job is not None:
+                problem = explain(error)
+            if problem:
+                alert = st.error if clicked else st.warning
+                alert(plain(problem), icon=":material/error:")
+            else:
+                st.code(command_line(job), language="bash", wrap_lines=True)
+    if clicked and not problem:
         submit(job)
 
 
@@ -36,7 +44,7 @@ def submit(job: BaseModel) -> None:
     try:
         run = backend.submit(job)
     except (backend.BackendError, OSError) as error:
-        st.error(str(error), icon=":material/error:")
+        st.error(plain(str(error)), icon=":material/error:")
         return
     show(run)
 
@@ -46,7 +54,7 @@ def resume(run: runs.Run) -> None:
     try:
         show(backend.resume(run.run_id))
     except (backend.BackendError, runs.RunNotFoundError, OSError) as error:
-        st.error(str(error), icon=":material/error:")
+        st.error(plain(str(error)), icon=":material/error:")
 
 
 def show(run: runs.Run) -> None:

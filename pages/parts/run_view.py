@@ -134,7 +134,7 @@ def progress(entry: history.Entry) -> None:
         text = status.message or "Waiting for the engine"
     else:
         text = status.message or "Running"
-        if status.total:
+        if status.total and f"of {status.total}" not in text:
             text += f" · {status.step:,} of {status.total:,}"
         if status.started:
             text += f" · {elapsed(status.started, None)}"

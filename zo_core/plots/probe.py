@@ -1,5 +1,7 @@
 """Figure of a sensitivity probe: a metric by layer with intervals."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -15,13 +17,19 @@ METRICS = {
 """Metrics of a probe: title and unit."""
 
 
-def sensitivity(layers: pd.DataFrame, metric: str, first: int | None = None) -> go.Figure:
+def sensitivity(
+    layers: pd.DataFrame,
+    metric: str,
+    first: int | None = None,
+    expected: Sequence[int] | None = None,
+) -> go.Figure:
     """Mean of a probe metric by layer with 95 % intervals (mean +/- 1.96 se).
 
     Args:
         layers: ``results/layers.parquet`` of a probe.
         metric: a key of :data:`METRICS`.
         first: the first outlier layer of a scan of the same model, in the accent colour.
+        expected: all layers of the probe, so that the axis stays while bars come in.
     """
     title, unit = METRICS.get(metric, (metric, ""))
     table = layers[layers["metric"] == metric].sort_values("layer")
@@ -52,9 +60,12 @@ def sensitivity(layers: pd.DataFrame, metric: str, first: int | None = None) -> 
             showarrow=False,
             font={"color": ACCENT, "size": 13},
         )
-    ticks = table["layer"].astype(int).tolist()
+    ticks = sorted(expected if expected is not None else table["layer"].astype(int))
     figure.update_xaxes(
-        title="layer (0-based)", tickvals=ticks if len(ticks) <= 40 else ticks[::5], showgrid=False
+        range=[ticks[0] - 0.6, ticks[-1] + 0.6],
+        title="layer (0-based)",
+        tickvals=ticks if len(ticks) <= 40 else ticks[::5],
+        showgrid=False,
     )
     figure.update_yaxes(title=f"{title}, {unit}", rangemode="tozero")
     return finish(figure, 400)

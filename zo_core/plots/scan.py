@@ -141,13 +141,13 @@ def _magnitudes(
 ) -> go.Figure:
     """Heatmap of magnitudes (rows: layers) under invisible markers that take hover and clicks."""
     values = matrix.to_numpy(dtype=float)
-    logs = np.log10(np.where(values > 0, values, np.nan))
+    logs = np.log10(np.where(np.isfinite(values) & (values > 0), values, np.nan))
     low, high = (
         (float(np.nanmin(logs)), float(np.nanmax(logs))) if np.isfinite(logs).any() else (0.0, 1.0)
     )
     ticks = _log_ticks(low, high)
     layers = [int(k) for k in matrix.index]
-    columns = list(range(len(names)))
+    columns = [str(key) for key in keys]
     figure = go.Figure(
         go.Heatmap(
             z=logs,
@@ -198,9 +198,9 @@ def _magnitudes(
             **edge, y0=first - 0.5, y1=first + 0.5, line={"color": ACCENT, "width": 2.5}
         )
         figure.add_annotation(
-            x=1,
+            x=0,
             xref="paper",
-            xanchor="right",
+            xanchor="left",
             y=1,
             yref="paper",
             yanchor="bottom",
@@ -220,10 +220,10 @@ def _magnitudes(
         showgrid=False,
         zeroline=False,
     )
-    every = max(1, math.ceil(len(names) / 64))
+    # A category axis leaves labels out where they would overlap.
     figure.update_xaxes(
-        tickvals=columns[::every],
-        ticktext=list(names[::every]),
+        type="category",
+        labelalias=dict(zip(columns, names, strict=True)),
         tickfont={"size": 11},
         showgrid=False,
         zeroline=False,

@@ -1,0 +1,45 @@
+"""The app's navigation, and how every page begins."""
+
+from pathlib import Path
+
+import streamlit as st
+
+from pages.parts.routes import PAGES
+
+ICON = str(Path(__file__).with_name("icon.svg"))
+_ROUTED = "routed_by_app"
+
+
+def navigation() -> st.Page:
+    """Declare the app's name, look and pages, and give the page to run."""
+    st.set_page_config(page_title="ZOScope", page_icon=ICON, layout="wide")
+    st.logo(ICON, size="large")
+    return st.navigation(
+        [
+            st.Page(PAGES["model"], title="Model", icon=":material/deployed_code:", default=True),
+            st.Page(PAGES["outliers"], title="Outliers", icon=":material/blur_on:"),
+            st.Page(PAGES["sensitivity"], title="Sensitivity", icon=":material/bar_chart:"),
+            st.Page(PAGES["fine_tune"], title="Fine-tune", icon=":material/trending_down:"),
+            st.Page(PAGES["runs"], title="Runs", icon=":material/history:"),
+        ]
+    )
+
+
+def routed() -> None:
+    """Called by app.py: this session goes through it."""
+    st.session_state[_ROUTED] = True
+
+
+def begin(title: str, introduction: str = "") -> None:
+    """Title and first sentence of a page.
+
+    A server that has just started takes ``pages/`` for Streamlit's old kind of pages directory and
+    runs a page that is opened by its link alone, without app.py. Declaring the navigation ends that
+    for the whole server, and the next run of the same link comes through app.py.
+    """
+    if not st.session_state.get(_ROUTED):
+        navigation()
+        st.rerun()
+    st.title(title, anchor=False)
+    if introduction:
+        st.markdown(introduction)

@@ -1,0 +1,26 @@
+"""The bundled model on the CPU, and on the GPU where there is one."""
+
+import pytest
+import torch
+
+from zo_core.jobs import ModelFields
+from zo_core.models.load import LoadedModel, load
+from zo_core.tasks.data import load_task
+from zo_core.tasks.templates import Example, encode
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(scope="session", params=DEVICES)
+def demo(request: pytest.FixtureRequest) -> LoadedModel:
+    """The bundled model in float32."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    return load(ModelFields(device=request.param, dtype="float32"))
+
+
+@pytest.fixture(scope="session")
+def review_examples(demo: LoadedModel) -> list[Example]:
+    """The first 40 training rows of the bundled task."""
+    data = load_task("reviews")
+    return [encode(data.task, row, demo.tokenizer, demo.context) for row in data.train[:40]]
