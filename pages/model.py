@@ -270,9 +270,9 @@ info, problem = describe(choice)
 steps(choice, info)
 st.header("Model", anchor=False)
 # Side by side where there is room, below each other where there is not.
-with st.container(horizontal=True, gap="large"):
-    left = st.container(width=500, key="model_picker")
-    right = st.container(width=500, key="model_facts")
+with st.container(horizontal=True, gap="medium"):
+    left = st.container(width=480, key="model_picker")
+    right = st.container(width=480, key="model_facts")
 with left:
     chosen = pick(choice)
     if chosen != choice:

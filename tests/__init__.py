@@ -1,0 +1,1 @@
+"""Tests: unit, integration (real engine, real model), e2e (real browser)."""

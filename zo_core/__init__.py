@@ -1,0 +1,1 @@
+"""The core of ZOScope: everything but the pages. Knows no Streamlit."""

@@ -11,8 +11,15 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
-from pydantic import model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Noise = Literal["gaussian", "rademacher"]
@@ -110,13 +117,17 @@ class TuneJob(TaskFields):
     eval_examples: int = Field(1000, ge=1, description="at most so many validation rows")
     eval_every: int = Field(250, ge=0, description="steps between evaluations; 0: only the ends")
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
-    path: ForwardPath = Field("auto", description="fast: cached frozen prefix; reference: as the papers")
+    path: ForwardPath = Field(
+        "auto", description="fast: cached frozen prefix; reference: as the papers"
+    )
 
     @field_validator("scope")
     @classmethod
     def _scope_is_known(cls, value: str) -> str:
         if not SCOPE_PATTERN.match(value):
-            raise ValueError(f"{value!r} is unknown: choose full, layer:auto or layer:<k>, as layer:3")
+            raise ValueError(
+                f"{value!r} is unknown: choose full, layer:auto or layer:<k>, as layer:3"
+            )
         return value
 
     @property
@@ -138,9 +149,7 @@ class UnloadJob(BaseModel):
     kind: Literal["unload"] = "unload"
 
 
-Job = Annotated[
-    ScanJob | ProbeJob | TuneJob | LoadJob | UnloadJob, Field(discriminator="kind")
-]
+Job = Annotated[ScanJob | ProbeJob | TuneJob | LoadJob | UnloadJob, Field(discriminator="kind")]
 JOB: TypeAdapter[Job] = TypeAdapter(Job)
 KINDS: dict[str, type[BaseModel]] = {
     t.model_fields["kind"].default: t for t in get_args(get_args(Job)[0])

@@ -134,8 +134,8 @@ def test_blocks_are_whole_after_a_fast_forward(
 def test_estimator_is_unbiased_on_a_quadratic() -> None:
     """E[g z] = gradient of a quadratic, where the two-sided estimate has no bias at any eps.
 
-    With L = a . x + |x|^2 / 2 and n draws, each coordinate of the mean of g z lies within 5 standard
-    errors of the gradient: a false alarm in fewer than one of 10^5 tests.
+    With L = a . x + |x|^2 / 2 and n draws, each coordinate of the mean of g z lies within 5
+    standard errors of the gradient: a false alarm in fewer than one of 10^5 tests.
     """
     size, draws, eps = 8, 4000, 0.1
     x, a = torch.linspace(-1, 1, size).double(), torch.linspace(2, -1, size).double()

@@ -1,0 +1,1 @@
+"""Analyses by inference alone: activations, outlier rules, perturbation sensitivity."""

@@ -1,9 +1,9 @@
 """Activation scan: streaming statistics of every block output, in one pass, storing none of them.
 
 For each layer, over all real tokens and channels of all sequences: the three largest magnitudes
-with their place, median, mean, the largest magnitude of every channel, and, for the first sequences,
-the largest magnitude at every token. Statistics are taken in float32 (sums in float64) whatever the
-model's dtype.
+with their place, median, mean, the largest magnitude of every channel, and, for the first
+sequences, the largest magnitude at every token. Statistics are taken in float32 (sums in
+float64) whatever the model's dtype.
 
 The median comes from a histogram over the leading 16 bits of the float32 pattern (8 exponent and 8
 mantissa bits below the sign), whose bins are at most 2**-8 wide relative to their value: reported
@@ -107,16 +107,18 @@ class ActivationScan:
             lengths = torch.tensor([len(s) for s in part], device=device)
             real = torch.arange(width, device=device) < lengths[:, None]
             first = len(self._sequences)
-            hooks = [decoder.blocks[0].register_forward_pre_hook(
-                self._hook(EMBEDDING, real, first), with_kwargs=True
-            )]
+            hooks = [
+                decoder.blocks[0].register_forward_pre_hook(
+                    self._hook(EMBEDDING, real, first), with_kwargs=True
+                )
+            ]
             hooks += [
                 block.register_forward_hook(self._hook(k, real, first))
                 for k, block in enumerate(decoder.blocks)
             ]
             try:
                 # The base model: logits are not needed.
-                self._loaded.model.base_model(input_ids=ids, use_cache=False)
+                self._loaded.model.base_model(input_ids=ids, use_cache=False)  # type: ignore[operator]
             finally:
                 for hook in hooks:
                     hook.remove()
@@ -146,7 +148,7 @@ class ActivationScan:
         return on_input if layer == EMBEDDING else on_output
 
     def _text(self, sequence: int, position: int) -> str:
-        return self._loaded.tokenizer.decode([self._sequences[sequence][position]])
+        return str(self._loaded.tokenizer.decode([self._sequences[sequence][position]]))
 
     def layers(self) -> pd.DataFrame:
         """One row a layer (-1: embedding output); columns as in docs/run-store.md."""

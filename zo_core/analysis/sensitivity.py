@@ -2,12 +2,13 @@
 
 For a layer and a draw of z (all entries of variance 1), on one fixed batch:
 
-* ``projected_gradient``: ``g = (L(theta + eps z) - L(theta - eps z)) / (2 eps)``, about ``z . grad L``;
-  its mean square over draws estimates the squared gradient norm of the layer (Spall 1992).
+* ``projected_gradient``: ``g = (L(theta + eps z) - L(theta - eps z)) / (2 eps)``, which is about
+  ``z . grad L``; its mean square over draws estimates the squared gradient norm of the layer
+  (Spall 1992).
 * ``abs_projected_gradient``: ``|g|``.
 * ``loss_shift``: mean of ``|L(theta +/- eps z) - L(theta)|``, in nats.
-* ``output_kl``: mean over both signs and the scored places of ``KL(p(theta) || p(theta +/- eps z))``
-  of the next-token distribution, in nats.
+* ``output_kl``: mean over both signs and the scored places of
+  ``KL(p(theta) || p(theta +/- eps z))`` of the next-token distribution, in nats.
 """
 
 import math

@@ -24,14 +24,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     no_args_is_help=False,
     help="ZOScope: see which decoder layer dominates zeroth-order fine-tuning, and tune it.",
-    epilog="Start here, on the bundled model:  [bold]python -m zo_core scan[/bold]  names the first "
-    "outlier layer;  [bold]python -m zo_core tune[/bold]  fine-tunes it;  "
+    epilog="Start here, on the bundled model:  [bold]python -m zo_core scan[/bold]  names the "
+    "first outlier layer;  [bold]python -m zo_core tune[/bold]  fine-tunes it;  "
     "[bold]python -m zo_core app[/bold]  opens the web app.",
 )
 app.add_typer(runs_commands.app, name="runs")
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")]
-Csv = Annotated[Path | None, typer.Option("--csv", metavar="PATH", help="also write the table here")]
+Csv = Annotated[
+    Path | None, typer.Option("--csv", metavar="PATH", help="also write the table here")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -86,7 +88,7 @@ def web_app(
     """Open the web app."""
     os.chdir(ROOT)
     command = [sys.executable, "-m", "streamlit", "run", "app.py", "--server.port", str(port)]
-    os.execv(sys.executable, command)
+    os.execv(sys.executable, command)  # noqa: S606 - no shell is wanted
 
 
 def main() -> None:

@@ -23,7 +23,9 @@ def launch(fields: dict[str, Any], as_json: bool, resume: str | None = None) -> 
         if resume is not None:
             extra = [f"--{name.replace('_', '-')}" for name in fields if name != "kind"]
             if extra:
-                refuse(f"--resume keeps the run's own settings: leave out {', '.join(extra)}.", as_json)
+                refuse(
+                    f"--resume keeps the run's own settings: leave out {', '.join(extra)}.", as_json
+                )
             return backend.resume(resume)
         if fields.get("data_dir") is None and settings().data_dir and "task" in fields:
             fields["data_dir"] = settings().data_dir
@@ -98,7 +100,9 @@ def _print_summary(run: Run, summary: dict[str, Any]) -> None:
     if kind == "scan":
         for rule, verdict in summary["verdicts"].items():
             layer = verdict["layer"]
-            typer.echo(f"{rule:12} {'none' if layer is None else f'layer {layer}':9} {verdict['reason']}")
+            typer.echo(
+                f"{rule:12} {'none' if layer is None else f'layer {layer}':9} {verdict['reason']}"
+            )
     elif kind == "probe":
         typer.echo(f"Most sensitive layer: {summary['most_sensitive_layer']} (mean |g|)")
         sys.stdout.write(run.result("layers.csv").read_text())

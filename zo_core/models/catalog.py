@@ -160,7 +160,7 @@ def _read_hub(
         config = _read_json(Path(hf_hub_download(model, "config.json", revision=revision)))
         metadata = get_safetensors_metadata(model, revision=revision)
         shapes = {
-            name: (info.dtype, tuple(info.shape))
+            name: (str(info.dtype), tuple(info.shape))
             for file in metadata.files_metadata.values()
             for name, info in file.tensors.items()
         }

@@ -39,8 +39,8 @@ def find_decoder(model: nn.Module) -> Decoder:
     ]
     if not outermost:
         raise UserError(
-            f"model: {type(model).__name__} cannot be read: looked for one nn.ModuleList of decoder "
-            "blocks and found none."
+            f"model: {type(model).__name__} cannot be read: looked for one nn.ModuleList of "
+            "decoder blocks and found none."
         )
     name, blocks = max(outermost, key=lambda item: sum(p.numel() for p in item[1].parameters()))
     return Decoder(name, tuple(blocks))

@@ -95,8 +95,8 @@ def load(fields: ModelFields) -> LoadedModel:
     free = free_memory(device)
     if need > free:
         raise UserError(
-            f"model: {fields.model} needs {need / GIB:.1f} GiB on {device} and {free / GIB:.1f} are "
-            "free: unload other models, try bfloat16, or a larger device."
+            f"model: {fields.model} needs {need / GIB:.1f} GiB on {device} and {free / GIB:.1f} "
+            "are free: unload other models, try bfloat16, or a larger device."
         )
     transformers_logging.disable_progress_bar()
     try:
@@ -114,7 +114,7 @@ def load(fields: ModelFields) -> LoadedModel:
             raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"model: {fields.model} cannot be loaded: {first}") from error
-    model.to(device).eval().requires_grad_(False)
+    model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
     return LoadedModel(
         name=fields.model,
         revision=fields.revision,

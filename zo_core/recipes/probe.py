@@ -64,7 +64,7 @@ def run_probe(job: ProbeJob, run: Run, context: JobContext) -> None:
                 "draws": job.draws,
                 "eps": job.eps,
                 "base_loss": base_loss,
-                "most_sensitive_layer": int(strength.loc[strength["mean"].idxmax(), "layer"]),
+                "most_sensitive_layer": int(strength["layer"].iloc[strength["mean"].argmax()]),
                 "seconds": round(time.perf_counter() - began, 3),
             }
         ),

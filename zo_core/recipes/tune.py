@@ -120,9 +120,7 @@ def run_tune(job: TuneJob, run: Run, context: JobContext) -> None:
     run.write_result("provenance.json", to_json(facts | provenance(loaded)))
 
 
-def _resolve_layer(
-    job: TuneJob, run: Run, loaded: LoadedModel, context: JobContext
-) -> int | None:
+def _resolve_layer(job: TuneJob, run: Run, loaded: LoadedModel, context: JobContext) -> int | None:
     """The tuned layer, None for the full model. A resumed run keeps the layer it began with."""
     if job.scope == "full":
         return None
@@ -157,9 +155,7 @@ def _encode(
     return splits[0], splits[1]
 
 
-def _choose_path(
-    job: TuneJob, loaded: LoadedModel, layer: int | None
-) -> tuple[Forward, str]:
+def _choose_path(job: TuneJob, loaded: LoadedModel, layer: int | None) -> tuple[Forward, str]:
     if job.path == "reference":
         return ReferenceForward(loaded), "asked for"
     if layer is None:

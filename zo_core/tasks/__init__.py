@@ -1,0 +1,1 @@
+"""Tasks: rows, prompts, scored tokens, loss and accuracy."""

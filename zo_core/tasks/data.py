@@ -71,7 +71,7 @@ def load_task(
         _check(task, split, rows[split])
     train, validation = rows["train"], rows["validation"]
     if train_examples is not None and train_examples < len(train):
-        train = random.Random(seed).sample(train, train_examples)
+        train = random.Random(seed).sample(train, train_examples)  # noqa: S311 - a reproducible draw
     return TaskData(task, train, validation[:eval_examples], source)
 
 
@@ -80,8 +80,8 @@ def _split_file(root: Path, split: str, given: Path) -> Path:
         if (root / f"{split}{suffix}").is_file():
             return root / f"{split}{suffix}"
     raise UserError(
-        f"data_dir: {given} has no {root.name}/{split}.jsonl, .jsonl.gz or .parquet: give the folder "
-        f"that holds {root.name}/train and {root.name}/validation."
+        f"data_dir: {given} has no {root.name}/{split}.jsonl, .jsonl.gz or .parquet: give the "
+        f"folder that holds {root.name}/train and {root.name}/validation."
     )
 
 

@@ -48,7 +48,7 @@ def tokenise(
     kept = [ids for ids in sequences if len(ids) >= SHORTEST]
     if not kept:
         raise UserError(
-            f"text: the longest text has {max(map(len, sequences), default=0)} tokens: give at least "
-            f"{SHORTEST}."
+            f"text: the longest text has {max(map(len, sequences), default=0)} tokens: give at "
+            f"least {SHORTEST}."
         )
     return kept

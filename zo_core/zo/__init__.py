@@ -1,0 +1,1 @@
+"""Zeroth-order optimization: noise, scope, forward paths, training loop, checkpoints."""

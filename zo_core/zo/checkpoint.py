@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save
 
 from zo_core.errors import UserError
 from zo_core.jobs import TuneJob
-from zo_core.runs import Run, replace_file, to_json
+from zo_core.runs import Run, replace_file
 from zo_core.zo.scope import TunedScope
 from zo_core.zo.trainer import replay
 

@@ -22,7 +22,7 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 _CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}
-"""Values a chunk: on the CPU the integer passes stay in the cache, on a GPU memory stays bounded."""
+"""Values a chunk: the integer passes stay in a CPU's cache; on a GPU, memory stays bounded."""
 
 
 def key(seed: int, step: int, name: str, direction: int = 0) -> int:

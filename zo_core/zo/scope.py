@@ -132,5 +132,3 @@ class TunedScope:
         """Give the model back as it was before."""
         for name, parameter in self.parameters.items():
             parameter.copy_(self._base[name])
-
-

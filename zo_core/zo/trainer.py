@@ -22,7 +22,7 @@ from zo_core.zo.scope import Draw, TunedScope
 
 
 class LossNotFiniteError(UserError):
-    """The loss of a perturbed model is NaN or infinite; the weights are those of the step before."""
+    """The loss is NaN or infinite; the weights are those of the step before."""
 
 
 @dataclass(slots=True)
@@ -99,8 +99,8 @@ def train(
         if not (math.isfinite(loss_plus) and math.isfinite(loss_minus)):
             scope.restore()
             raise LossNotFiniteError(
-                f"The loss is not finite at step {step} (+: {loss_plus}, -: {loss_minus}): lower lr "
-                f"or eps. The weights of step {step - 1} are kept."
+                f"The loss is not finite at step {step} (+: {loss_plus}, -: {loss_minus}): lower "
+                f"lr or eps. The weights of step {step - 1} are kept."
             )
         scope.update(draw, g, lr, job.weight_decay)
         progress.step = step

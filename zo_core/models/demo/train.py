@@ -118,7 +118,7 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
 
     started = time.time()
-    texts = [lzma.open(f, "rt", encoding="utf-8").read() for f in files]
+    texts = [lzma.decompress(f.read_bytes()).decode() for f in files]
     tokenizer = train_tokenizer(texts)
     train_ids, held_out_ids = encode(tokenizer, texts)
     PreTrainedTokenizerFast(
@@ -143,7 +143,7 @@ def main() -> None:
         pad_token_id=tokenizer.token_to_id(PAD),
         use_cache=False,
     )
-    model = LlamaForCausalLM(config).to(device)
+    model = LlamaForCausalLM(config).to(device)  # type: ignore[arg-type]
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
