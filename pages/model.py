@@ -167,7 +167,7 @@ def memory(choice: Choice, info: ModelInfo) -> None:
         st.caption("How much memory the worker has free is not known yet.")
         return
     short = [
-        f"{title.lower()} {size(getattr(needs[dtype], use))}"
+        f"{title.lower()} needs {size(getattr(needs[dtype], use))}"
         for use, title in USES.items()
         if getattr(needs[dtype], use) > free
     ]
@@ -176,7 +176,7 @@ def memory(choice: Choice, info: ModelInfo) -> None:
         return
     smaller = dtype == "float32" and needs["bfloat16"].weights <= free
     st.warning(
-        f"Needs more memory than the {size(free)} free on the worker: {', '.join(short)}. "
+        f"Does not fit: {', '.join(short)}; {size(free)} free on the worker. "
         + ("Try bfloat16." if smaller else "Unload other models, or choose a smaller model."),
         icon=":material/memory:",
     )

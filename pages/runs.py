@@ -14,7 +14,7 @@ STATES = list(run_view.STATES)
 
 def jobs() -> None:
     """Running and queued jobs, each with its progress and a cancel button."""
-    busy = bool(history.live())
+    seen = states(history.live())
 
     def tick() -> None:
         live = history.live()
@@ -32,12 +32,17 @@ def jobs() -> None:
                 run_view.progress(entry)
         if not live:
             st.caption("Nothing is running.")
-        if bool(live) != busy:
-            st.rerun()
+        if states(live) != seen:
+            st.rerun()  # the history below shows states too
 
     st.subheader("Now", anchor=False)
     with st.container(key="live_jobs"):
-        st.fragment(tick, run_every=1.0 if busy else 5.0)()
+        st.fragment(tick, run_every=1.0 if seen else 5.0)()
+
+
+def states(entries: list[history.Entry]) -> list[tuple[str, str]]:
+    """What the history shows of live runs."""
+    return [(entry.run_id, entry.status.state) for entry in entries]
 
 
 def open_run(entry: history.Entry) -> None:
@@ -56,13 +61,13 @@ def filtered(entries: list[history.Entry]) -> list[history.Entry]:
             key="filter_kind",
             persist_state="session",
         )
-        states = st.pills(
+        wanted = st.pills(
             "State", STATES, selection_mode="multi", key="filter_state", persist_state="session"
         )
     return [
         e
         for e in entries
-        if (not kinds or e.job.kind in kinds) and (not states or e.status.state in states)
+        if (not kinds or e.job.kind in kinds) and (not wanted or e.status.state in wanted)
     ]
 
 

@@ -95,7 +95,9 @@ def read(run: runs.Run) -> Entry | None:
 
 def entries(kinds: tuple[str, ...] = KINDS) -> list[Entry]:
     """All readable runs of the given kinds, newest first."""
-    return [entry for run in runs.list_runs(kinds) if (entry := read(run))]
+    found = [entry for run in runs.list_runs(kinds) if (entry := read(run))]
+    # Ids order runs by the second only.
+    return sorted(found, key=lambda entry: entry.status.created, reverse=True)
 
 
 def live() -> list[Entry]:

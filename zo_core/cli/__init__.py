@@ -1,4 +1,4 @@
-"""The command line: ``python -m zo_core scan|probe|tune|runs|app``.
+"""The command line: ``python -m zo_core scan|probe|tune|runs|bench|app``.
 
 The same job specs, engine and run store as the app. With ``--json`` the last line of stdout is one
 JSON object (keys in README.md); progress goes to stderr. Exit codes: 0 done, 1 failed, 2 bad
@@ -9,14 +9,18 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
 
+from zo_core import backend
+from zo_core.bench import as_dict, run_bench
 from zo_core.cli import runs as runs_commands
 from zo_core.cli.launch import follow, launch, report
 from zo_core.cli.options import with_job_options
-from zo_core.settings import ROOT
+from zo_core.runs import to_json
+from zo_core.settings import ROOT, settings
 
 app = typer.Typer(
     add_completion=False,
@@ -79,6 +83,24 @@ def tune(fields: dict[str, Any], resume: Resume = None, json: Json = False) -> N
     """Fine-tune one layer, or the full model, with ZO-SGD."""
     run = launch(fields, json, resume)
     report(run, follow(run, json), json)
+
+
+@app.command()
+def bench(json: Json = False) -> None:
+    """Time the main job on this machine against its targets."""
+    with TemporaryDirectory(prefix="zoscope-bench-") as folder:
+        settings().cache_dir = Path(folder)
+        try:
+            found = run_bench(lambda line: typer.echo(f"... {line}", err=True))
+        finally:
+            backend.shutdown()
+    for m in found:
+        verdict = "reached" if m.reached else "MISSED"
+        typer.echo(
+            f"{m.what:40} {m.value:7.2f} {m.unit:4} target {m.target:g} {m.unit:4} {verdict}"
+        )
+    if json:
+        typer.echo(to_json({"measurements": [as_dict(m) for m in found]}))
 
 
 @app.command(name="app")

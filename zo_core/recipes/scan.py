@@ -57,8 +57,8 @@ def scan_texts(
 
 
 def find_first_outlier_layer(loaded: LoadedModel, rule: str, context: JobContext) -> Verdict:
-    """What a rule says of a loaded model on the bundled passages."""
-    job = ScanJob(model=loaded.name)
+    """What a rule says of a loaded model, on a short scan: eight passages of 128 tokens."""
+    job = ScanJob(model=loaded.name, sequences=8, max_tokens=128)
     scan = scan_texts(loaded, job, texts_of(job), context)
     return first_outlier_layer(rule, scan.layers())
 
