@@ -8,7 +8,8 @@ from pages.parts import curve, history, launch, run_view
 from pages.parts.choice import Choice, current, describe, line
 from pages.parts.forms import data_folder, missing_layers, task_picker
 from pages.parts.frame import begin
-from pages.parts.words import count, duration, plain
+from pages.parts.live_chart import live_chart
+from pages.parts.words import count, duration, layer_name, plain
 from zo_core import export, plots
 from zo_core.jobs import TuneJob, command_line, recommended_lr
 
@@ -60,10 +61,10 @@ def pick_scope(choice: Choice) -> str:
             return "layer:"
         if n_layers and 0 <= layer < n_layers:
             mark = ", the first outlier layer of the latest scan" if layer == found else ""
-            st.caption(f"{plots.layer_name(layer, n_layers).capitalize()}{mark}.")
+            st.caption(f"{layer_name(layer, n_layers).capitalize()}{mark}.")
         return f"layer:{layer}"
     if found is not None:
-        name = plots.layer_name(found, n_layers or found + 1)
+        name = layer_name(found, n_layers or found + 1)
         st.caption(f"The latest scan of this model names **{name}**.")
     elif scan is not None:
         st.caption("The latest scan names no first outlier layer: choose a layer yourself.")
@@ -262,7 +263,7 @@ def show(entry: history.Entry) -> None:
     figure = plots.loss_curve(
         metrics.steps, metrics.evaluations, axis, span, f"{entry.run_id}-{axis}"
     )
-    st.plotly_chart(figure, key="loss_chart", alt="Training loss and validation accuracy")
+    live_chart(figure, key="loss_chart")
     downloads(entry, figure)
 
 
@@ -317,7 +318,10 @@ choice = current()
 line(choice)
 shown = run_view.pick("tune", choice)
 opened = shown is None or st.session_state.pop("tune_form_open", False)
-with st.expander("New run", expanded=opened, icon=":material/add:", key=f"new_tune_{opened}"):
+with (
+    st.container(key="new_tune"),
+    st.expander("New run", expanded=opened, icon=":material/add:", key=f"new_tune_{opened}"),
+):
     form(choice)
 if shown is None:
     if "run" not in st.query_params:

@@ -10,12 +10,11 @@ from pages.parts import history, launch, run_view
 from pages.parts.choice import Choice, current, describe, remember
 from pages.parts.frame import begin
 from pages.parts.routes import PAGES
-from pages.parts.words import count, plain, size
+from pages.parts.words import count, layer_name, plain, size
 from zo_core import backend
 from zo_core.jobs import LoadJob, UnloadJob
 from zo_core.models.catalog import ModelInfo
 from zo_core.models.memory import MemoryEstimate, estimate
-from zo_core.plots import layer_name
 
 SOURCES = {"bundled": "Bundled demo", "hub": "Hugging Face hub", "local": "Local folder"}
 DTYPES = ("float32", "bfloat16", "float16")
@@ -81,38 +80,42 @@ def steps(choice: Choice, info: ModelInfo | None) -> None:
 def pick(choice: Choice) -> Choice:
     """The fields that name a model; what is typed is kept for all pages."""
     local = choice.model.startswith(("/", ".", "~"))
-    source = "bundled" if choice.model == "demo" else "local" if local else "hub"
-    seeds = {
-        "model_source": source,
-        "model_hub_id": choice.model if source == "hub" else "",
-        "model_path": choice.model if source == "local" else "",
-        "model_revision": choice.revision or "",
-        "model_dtype": choice.dtype,
-        "model_device": choice.device,
-    }
-    for key, value in seeds.items():
-        st.session_state.setdefault(key, value)
+    given = "bundled" if choice.model == "demo" else "local" if local else "hub"
     source = st.segmented_control(
-        "Source", list(SOURCES), format_func=SOURCES.get, key="model_source", required=True
+        "Source",
+        list(SOURCES),
+        format_func=SOURCES.get,
+        default=given,
+        key="model_source",
+        required=True,
     )
-    revision = None
+    model, revision = "demo", None
     if source == "hub":
         with st.container(horizontal=True):
             model = st.text_input(
-                "Hub id", key="model_hub_id", placeholder="Qwen/Qwen3-0.6B", max_chars=512
+                "Hub id",
+                choice.model if given == "hub" else "",
+                key="model_hub_id",
+                placeholder="Qwen/Qwen3-0.6B",
+                max_chars=512,
             )
             revision = st.text_input(
-                "Revision", key="model_revision", placeholder="main", width=220, max_chars=128
+                "Revision",
+                choice.revision or "",
+                key="model_revision",
+                placeholder="main",
+                width=180,
+                max_chars=128,
             )
     elif source == "local":
         model = st.text_input(
             "Folder on the engine's machine",
+            choice.model if given == "local" else "",
             key="model_path",
             placeholder="/models/llama-2-7b, with config.json and *.safetensors",
             max_chars=512,
         )
     else:
-        model = "demo"
         st.caption(
             "A LLaMA-style model of 15 M parameters with 16 layers, trained for this project. It "
             "has real massive activations and runs on any CPU, offline."
@@ -120,16 +123,23 @@ def pick(choice: Choice) -> Choice:
     devices = ["auto", "cpu", *sorted({w["device"] for w in _gpus()})]
     if choice.device not in devices:
         devices.append(choice.device)
+    dtypes = list(dict.fromkeys(["auto", *DTYPES, choice.dtype]))
     with st.container(horizontal=True):
         dtype = st.selectbox(
             "Precision",
-            ["auto", *DTYPES],
+            dtypes,
+            dtypes.index(choice.dtype),
             key="model_dtype",
             width=220,
             help="auto: float32 on a CPU, bfloat16 on a GPU",
         )
         device = st.selectbox(
-            "Device", devices, key="model_device", width=220, help="auto: a GPU if there is one"
+            "Device",
+            devices,
+            devices.index(choice.device),
+            key="model_device",
+            width=220,
+            help="auto: a GPU if there is one",
         )
     return Choice(
         model=model.strip() or "demo",

@@ -9,7 +9,7 @@ from pages.parts import history, launch, run_view
 from pages.parts.choice import Choice, current, line
 from pages.parts.frame import begin
 from pages.parts.routes import PAGES
-from pages.parts.words import plain
+from pages.parts.words import layer_name, plain
 from zo_core import export, plots
 from zo_core.analysis.outliers import RULES, Verdict, first_outlier_layer
 from zo_core.jobs import ScanJob, command_line
@@ -134,7 +134,7 @@ def judge(layers: pd.DataFrame, n_layers: int) -> Verdict:
         if verdict.layer is None:
             st.header("No first outlier layer", anchor=False)
         else:
-            name = plots.layer_name(verdict.layer, n_layers)
+            name = layer_name(verdict.layer, n_layers)
             st.header(f"{name[0].upper()}{name[1:]} is the first outlier layer", anchor=False)
         st.markdown(f"{RULES[rule].title} rule: {plain(verdict.reason)}")
         if verdict.layer is not None:
@@ -299,8 +299,12 @@ def results(entry: history.Entry) -> None:
 
     # A click lands in this key before the widget is drawn further down.
     default = verdict.layer if verdict.layer is not None else blocks[0]
-    if st.session_state.get("outlier_layer") not in blocks:
+    if (
+        st.session_state.get("outlier_layer") not in blocks
+        or st.session_state.get("outlier_layer_of") != entry.run_id
+    ):
         st.session_state["outlier_layer"] = default
+    st.session_state["outlier_layer_of"] = entry.run_id
     selected = st.session_state["outlier_layer"]
     st.subheader("Layer by channel", anchor=False)
     by_channel = plots.channel_heatmap(channels, verdict.layer, selected)
@@ -330,7 +334,7 @@ def results(entry: history.Entry) -> None:
             blocks,
             key="outlier_layer",
             width=260,
-            format_func=lambda k: plots.layer_name(k, n_layers),
+            format_func=lambda k: layer_name(k, n_layers),
         )
         fine_tune(layer, f"Fine-tune layer {layer}", "fine_tune_selected")
     detail(layer, n_layers, layers[layers["layer"] == layer].iloc[0], channels, tokens)
@@ -354,8 +358,11 @@ begin(
 choice = current()
 line(choice)
 shown = run_view.pick("scan", choice)
-with st.expander(
-    "New scan", expanded=shown is None, icon=":material/add:", key=f"new_scan_{shown is None}"
+with (
+    st.container(key="new_scan"),
+    st.expander(
+        "New scan", expanded=shown is None, icon=":material/add:", key=f"new_scan_{shown is None}"
+    ),
 ):
     form(choice)
 if shown is None:

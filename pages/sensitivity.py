@@ -7,8 +7,9 @@ from pages.parts import history, launch, run_view
 from pages.parts.choice import Choice, current, describe, line
 from pages.parts.forms import data_folder, missing_layers, parse_layers, task_picker
 from pages.parts.frame import begin
+from pages.parts.live_chart import live_chart
 from pages.parts.routes import PAGES
-from pages.parts.words import plain
+from pages.parts.words import layer_name, plain
 from zo_core import export, plots
 from zo_core.jobs import ProbeJob, command_line
 
@@ -95,7 +96,7 @@ def show(entry: history.Entry) -> None:
     n_layers = layer_count(entry) or int(layers["layer"].max()) + 1
     most = entry.summary.get("most_sensitive_layer")
     if most is not None:
-        name = plots.layer_name(most, n_layers)
+        name = layer_name(most, n_layers)
         st.header(f"{name[0].upper()}{name[1:]} is the most sensitive", anchor=False)
         if first is not None:
             st.markdown(
@@ -124,7 +125,7 @@ def show(entry: history.Entry) -> None:
     )
     figure = plots.sensitivity(layers, metric, first, job.layers or range(n_layers))
     figure.update_layout(uirevision=f"{entry.run_id}-{metric}")
-    st.plotly_chart(figure, key="probe_chart", alt=f"{plots.METRICS[metric][0]} by layer")
+    live_chart(figure, key="probe_chart")
     note = "Bars: mean over draws; whiskers: 95 % interval (mean ± 1.96 standard errors)."
     if scan is None:
         note += " Scan this model on the Outliers page to see its first outlier layer marked here."
@@ -203,8 +204,11 @@ begin(
 choice = current()
 line(choice)
 shown = run_view.pick("probe", choice)
-with st.expander(
-    "New probe", expanded=shown is None, icon=":material/add:", key=f"new_probe_{shown is None}"
+with (
+    st.container(key="new_probe"),
+    st.expander(
+        "New probe", expanded=shown is None, icon=":material/add:", key=f"new_probe_{shown is None}"
+    ),
 ):
     form(choice)
 if shown is None:

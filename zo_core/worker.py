@@ -84,14 +84,17 @@ class Presence:
             self.warm.set()
 
     def _publish(self) -> None:
-        memory = psutil.Process()
         while not self._stopped.is_set():
             if self._parent is not None and os.getppid() != self._parent:
                 self.leave(EXIT_ORPHAN)
-            engine_state.publish_worker(self._state(memory), self.process)
+            self.publish()
             self._stopped.wait(1.0)
 
-    def _state(self, memory: psutil.Process) -> dict[str, Any]:
+    def publish(self) -> None:
+        """Write the state file now: whoever sees a job end sees what it left resident, too."""
+        engine_state.publish_worker(self._state(), self.process)
+
+    def _state(self) -> dict[str, Any]:
         process = self.process
         state: dict[str, Any] = {
             "worker": self.name,
@@ -100,7 +103,7 @@ class Presence:
             "device_name": "CPU" if self.device == "cpu" else "",
             "device_memory": None,
             "device_memory_free": None,
-            "worker_memory": memory.memory_info().rss,
+            "worker_memory": psutil.Process().memory_info().rss,
             "resident": [],
             "run_id": self.run_id,
             "updated": time.time(),
@@ -277,6 +280,7 @@ def _run_job(run: Run, me: Presence) -> str:
     if failure is not None and failure.out_of_memory:
         _release_memory()
     context.log(failure.sentence if failure else message or "Done.")
+    me.publish()
     last = context.take_pending()
     last |= {"message": message} if message else {}
     _finish(run, **last, state=state, error=failure.sentence if failure else "")

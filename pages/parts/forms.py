@@ -55,5 +55,5 @@ def parse_layers(text: str) -> list[int | str] | None:
         if span and int(span[1]) <= int(span[2]):
             layers.extend(range(int(span[1]), int(span[2]) + 1))
         else:
-            layers.append(part)
+            layers.append(int(part) if part.isdecimal() else part)
     return layers

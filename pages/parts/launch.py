@@ -9,6 +9,9 @@ from pages.parts.words import plain
 from zo_core import backend, runs
 from zo_core.jobs import command_line, explain
 
+_WITHOUT_PAGE = ("load", "unload")
+"""Kinds that have neither a command line nor a page of their own."""
+
 
 def launch_row(
     spec: type[BaseModel], values: dict[str, Any], label: str, key: str, problem: str = ""
@@ -33,7 +36,7 @@ def launch_row(
             if problem:
                 alert = st.error if clicked else st.warning
                 alert(plain(problem), icon=":material/error:")
-            else:
+            elif job.kind not in _WITHOUT_PAGE:
                 st.code(command_line(job), language="bash", wrap_lines=True)
     if clicked and not problem:
         submit(job)
@@ -46,6 +49,8 @@ def submit(job: BaseModel) -> None:
     except (backend.BackendError, OSError) as error:
         st.error(plain(str(error)), icon=":material/error:")
         return
+    if job.kind in _WITHOUT_PAGE:
+        st.rerun()
     show(run)
 
 

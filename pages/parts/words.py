@@ -1,4 +1,4 @@
-"""Times, sizes and free text, worded the same on every page."""
+"""Layers, times, sizes and free text, worded the same on every page."""
 
 import re
 import time
@@ -6,6 +6,17 @@ from datetime import UTC, datetime
 from zoneinfo import ZoneInfo
 
 import streamlit as st
+
+
+def ordinal(n: int) -> str:
+    """1 -> 1st, 2 -> 2nd, 11 -> 11th."""
+    ending = "th" if 10 <= n % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
+    return f"{n}{ending}"
+
+
+def layer_name(layer: int, n_layers: int) -> str:
+    """Name a 0-based layer for people: ``layer 1 (2nd of 32)``."""
+    return f"layer {layer} ({ordinal(layer + 1)} of {n_layers})"
 
 
 def clock(seconds: float) -> str:

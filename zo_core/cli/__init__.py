@@ -86,6 +86,21 @@ def tune(fields: dict[str, Any], resume: Resume = None, json: Json = False) -> N
 
 
 @app.command()
+@with_job_options("load")
+def load(fields: dict[str, Any], json: Json = False) -> None:
+    """Make a model resident in the running app's worker, so that its jobs start at once."""
+    run = launch(fields, json)
+    report(run, follow(run, json), json)
+
+
+@app.command()
+def unload(json: Json = False) -> None:
+    """Release every model that is resident in the running app's worker."""
+    run = launch({"kind": "unload"}, json)
+    report(run, follow(run, json), json)
+
+
+@app.command()
 def bench(json: Json = False) -> None:
     """Time the main job on this machine against its targets."""
     with TemporaryDirectory(prefix="zoscope-bench-") as folder:

@@ -7,7 +7,7 @@ and dark both work), and one accent, vermillion, for the first outlier layer.
 
 from zo_core.plots.probe import METRICS, sensitivity
 from zo_core.plots.scan import channel_heatmap, profile, token_heatmap
-from zo_core.plots.style import layer_name, number, ordinal, visible
+from zo_core.plots.style import number, visible
 from zo_core.plots.tune import AXES, CURVE_POINTS, loss_curve, overlay, smooth, thin
 
 __all__ = [
@@ -15,10 +15,8 @@ __all__ = [
     "CURVE_POINTS",
     "METRICS",
     "channel_heatmap",
-    "layer_name",
     "loss_curve",
     "number",
-    "ordinal",
     "overlay",
     "profile",
     "sensitivity",

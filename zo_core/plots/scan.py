@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from zo_core.plots.style import ACCENT, EMBEDDING, GREY, OKABE_ITO, finish, number, plain
+from zo_core.plots.style import ACCENT, GREY, OKABE_ITO, finish, number, plain
 
 
 def profile(layers: pd.DataFrame, first: int | None = None) -> go.Figure:
@@ -63,7 +63,7 @@ def profile(layers: pd.DataFrame, first: int | None = None) -> go.Figure:
         )
     ticks = table["layer"].astype(int).tolist()
     if len(ticks) > 40:
-        ticks = [k for k in ticks if k == EMBEDDING or k % 5 == 0]
+        ticks = [k for k in ticks if k < 0 or k % 5 == 0]
     figure.update_xaxes(
         title="layer (0-based)",
         tickvals=ticks,

@@ -9,20 +9,6 @@ ACCENT = "#D55E00"
 OKABE_ITO = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 GREY = "#8A94A0"
-EMBEDDING = -1
-
-
-def ordinal(n: int) -> str:
-    """1 -> 1st, 2 -> 2nd, 11 -> 11th."""
-    ending = "th" if 10 <= n % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
-    return f"{n}{ending}"
-
-
-def layer_name(layer: int, n_layers: int) -> str:
-    """Name a 0-based layer for people: ``layer 1 (2nd of 32)``."""
-    if layer == EMBEDDING:
-        return "embedding output"
-    return f"layer {layer} ({ordinal(layer + 1)} of {n_layers})"
 
 
 def number(value: float | None) -> str:

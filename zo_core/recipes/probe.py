@@ -5,9 +5,9 @@ import time
 import pandas as pd
 
 from zo_core.analysis.sensitivity import ProbeSettings, probe_layer, summarise
-from zo_core.errors import UserError
 from zo_core.jobs import ProbeJob
 from zo_core.models import resident
+from zo_core.models.catalog import describe
 from zo_core.progress import JobContext
 from zo_core.provenance import provenance
 from zo_core.runs import Run, to_json
@@ -15,19 +15,17 @@ from zo_core.tasks.data import load_task
 from zo_core.tasks.scoring import task_loss
 from zo_core.tasks.templates import encode
 from zo_core.zo.forward import FastForward
+from zo_core.zo.scope import check_layer
 from zo_core.zo.trainer import batch_indices
 
 
 def run_probe(job: ProbeJob, run: Run, context: JobContext) -> None:
     """Probe the layers of a model on one batch of a task."""
     data = load_task(job.task, job.data_dir)
-    loaded = resident.acquire(job, context.log)
-    count = len(loaded.decoder)
+    count = describe(job.model, job.revision).n_layers
     layers = list(range(count)) if job.layers is None else job.layers
-    if layers[-1] >= count:
-        raise UserError(
-            f"layers: layer {layers[-1]} is out of range: {job.model} has layers 0 to {count - 1}."
-        )
+    check_layer(layers[-1], count, job.model)
+    loaded = resident.acquire(job, context.log)
     indices = batch_indices(job.seed, 1, len(data.train), job.batch_size)
     examples = [encode(data.task, data.train[i], loaded.tokenizer, loaded.context) for i in indices]
     forward = FastForward(loaded)

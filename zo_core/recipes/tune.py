@@ -5,6 +5,7 @@ from typing import Any
 from zo_core.errors import UserError
 from zo_core.jobs import TuneJob
 from zo_core.models import resident
+from zo_core.models.catalog import describe
 from zo_core.models.load import LoadedModel
 from zo_core.progress import JobContext
 from zo_core.provenance import provenance
@@ -18,12 +19,16 @@ from zo_core.zo.forward import FastForward, Forward, ReferenceForward
 from zo_core.zo.scope import TunedScope, check_layer, scope_parameters
 from zo_core.zo.trainer import LossNotFiniteError, Progress, train
 
+AUTO = "layer:auto"
+
 
 def run_tune(job: TuneJob, run: Run, context: JobContext) -> None:
     """Tune a scope, or go on with a run that was interrupted."""
     data = load_task(job.task, job.data_dir, job.train_examples, job.eval_examples, job.seed)
+    layer = _known_layer(job, run)
     loaded = resident.acquire(job, context.log)
-    layer = _resolve_layer(job, run, loaded, context)
+    if layer is None and job.scope == AUTO:
+        layer = _dominant_layer(job, loaded, context)
     training, validation = _encode(data, loaded, context)
     forward, reason = _choose_path(job, loaded, layer)
     for examples in (training, validation):
@@ -120,16 +125,31 @@ def run_tune(job: TuneJob, run: Run, context: JobContext) -> None:
     run.write_result("provenance.json", to_json(facts | provenance(loaded)))
 
 
-def _resolve_layer(job: TuneJob, run: Run, loaded: LoadedModel, context: JobContext) -> int | None:
-    """The tuned layer, None for the full model. A resumed run keeps the layer it began with."""
+def _known_layer(job: TuneJob, run: Run) -> int | None:
+    """The tuned layer as far as it is known before anything is loaded.
+
+    None for the full model, or where ``layer:auto`` has to look. A resumed run keeps its layer.
+
+    Raises:
+        UserError: the model has no such layer.
+    """
     if job.scope == "full":
         return None
-    name = job.scope.removeprefix("layer:")
-    if name != "auto":
-        return check_layer(int(name), loaded)
-    known = run.status().details.get("layer")
-    if known is not None:
-        return check_layer(int(known), loaded)
+    if job.scope == AUTO:
+        named = run.status().details.get("layer")
+    else:
+        named = int(job.scope.removeprefix("layer:"))
+    if named is None:
+        return None
+    return check_layer(named, describe(job.model, job.revision).n_layers, job.model)
+
+
+def _dominant_layer(job: TuneJob, loaded: LoadedModel, context: JobContext) -> int:
+    """The layer that the job's rule names.
+
+    Raises:
+        UserError: it names none.
+    """
     context.progress(0, job.steps, "looking for the first outlier layer")
     verdict = find_first_outlier_layer(loaded, job.rule, context)
     if verdict.layer is None:

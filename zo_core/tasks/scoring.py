@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from zo_core.tasks.templates import Example
+
+if TYPE_CHECKING:
+    from zo_core.zo.forward import Forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +110,7 @@ def batches(count: int, size: int) -> Iterator[range]:
 
 
 def evaluate(
-    forward: Any,
+    forward: "Forward",
     examples: Sequence[Example],
     batch_size: int = 32,
     tick: Callable[[int], None] = lambda _done: None,
@@ -115,7 +118,7 @@ def evaluate(
     """Accuracy (argmax over candidates) and mean loss of a forward path on examples.
 
     Args:
-        forward: a :class:`zo_core.zo.forward.Forward`.
+        forward: a forward path, reference or fast.
         examples: rows to score; grouped by length so that little is spent on padding.
         batch_size: examples a forward pass.
         tick: called with the number of examples done, and may raise to stop.

@@ -23,17 +23,14 @@ NO_DECAY = re.compile(r"bias|norm|ln_", re.IGNORECASE)
 """Parameters that weight decay leaves alone: biases and every kind of norm."""
 
 
-def check_layer(layer: int, loaded: LoadedModel) -> int:
-    """The layer, if the model has it.
+def check_layer(layer: int, count: int, model: str) -> int:
+    """The layer, if a model of ``count`` layers has it.
 
     Raises:
         UserError: it is out of range.
     """
-    count = len(loaded.decoder)
     if not 0 <= layer < count:
-        raise UserError(
-            f"scope: layer {layer} is out of range: {loaded.name} has layers 0 to {count - 1}."
-        )
+        raise UserError(f"Layer {layer} is out of range: {model} has layers 0 to {count - 1}.")
     return layer
 
 
@@ -41,7 +38,7 @@ def scope_parameters(loaded: LoadedModel, layer: int | None) -> dict[str, torch.
     """Name -> working weight of a scope: one decoder layer, or the full model for None."""
     if layer is None:
         return dict(loaded.model.named_parameters())
-    prefix = f"{loaded.decoder.prefix}.{check_layer(layer, loaded)}."
+    prefix = f"{loaded.decoder.prefix}.{check_layer(layer, len(loaded.decoder), loaded.name)}."
     return {n: p for n, p in loaded.model.named_parameters() if n.startswith(prefix)}
 
 

@@ -1,0 +1,279 @@
+"""The activation scan: equal to brute force, and true on models with a planted outlier."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.families import CONFIGS, HIDDEN, LAYERS, VOCABULARY, Plant, build, save
+from zo_core import runs
+from zo_core.analysis.activations import EMBEDDING, ActivationScan, _LayerStatistics
+from zo_core.analysis.outliers import RULES, first_outlier_layer
+from zo_core.jobs import ModelFields, ScanJob
+from zo_core.models.load import LoadedModel, load
+from zo_core.progress import JobContext
+from zo_core.recipes.scan import run_scan
+from zo_core.runs import Process
+from zo_core.settings import settings as zo_settings
+
+MEDIAN = 2e-3
+"""The stated relative accuracy of the median."""
+PLANT = Plant(layer=2, token=4242, channel=19, weight=2e4)
+SEQUENCE, POSITION = 3, 6
+"""Where the planted token is put."""
+Stack = dict[int, list[torch.Tensor]]
+
+
+def random_sequences(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
+    """Token ids, none of them the planted one."""
+    draw = random.Random(seed)
+    tokens = [t for t in range(2, VOCABULARY) if t != PLANT.token]
+    return [[draw.choice(tokens) for _ in range(n)] for n in lengths]
+
+
+def scan_of(loaded: LoadedModel, sequences: list[list[int]], batch_size: int) -> ActivationScan:
+    scan = ActivationScan(loaded)
+    scan.run(sequences, batch_size)
+    return scan
+
+
+@torch.no_grad()
+def brute_force(loaded: LoadedModel, sequences: list[list[int]]) -> Stack:
+    """Every block output of every sequence, alone and unpadded, from HF's own tuple.
+
+    ``hidden_states[k]`` is the input of block k; only the last block needs a hook, because the
+    tuple's last entry has gone through the final norm.
+    """
+    stack: Stack = {k: [] for k in range(EMBEDDING, len(loaded.decoder))}
+    last = len(loaded.decoder) - 1
+
+    def see(_module: torch.nn.Module, _args: object, output: object) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        stack[last].append(hidden[0].float().cpu())
+
+    handle = loaded.decoder.blocks[-1].register_forward_hook(see)
+    for sequence in sequences:
+        ids = torch.tensor([sequence], device=loaded.device)
+        states = loaded.model(input_ids=ids, output_hidden_states=True).hidden_states
+        for k in range(EMBEDDING, last):
+            stack[k].append(states[k + 1][0].float().cpu())
+    handle.remove()
+    return stack
+
+
+def assert_equals(scan: ActivationScan, stack: Stack, rtol: float) -> None:
+    """Every statistic of the scan is the one of the stored outputs."""
+    table = scan.layers().set_index("layer")
+    channels = scan.channels()
+    assert list(table.index) == sorted(stack)
+    for layer, parts in stack.items():
+        row, every = table.loc[layer], torch.cat(parts)
+        magnitudes = every.abs().flatten()
+        top = magnitudes.topk(3).values.tolist()
+        assert [row[f"top{r}"] for r in (1, 2, 3)] == pytest.approx(top, rel=rtol)
+        for rank in (1, 2, 3):
+            place = [int(row[f"top{rank}_{n}"]) for n in ("sequence", "position", "channel")]
+            value = float(parts[place[0]][place[1], place[2]])
+            assert value == pytest.approx(row[f"top{rank}_value"], rel=rtol)
+            assert abs(value) == pytest.approx(row[f"top{rank}"], rel=rtol)
+        assert row["mean"] == pytest.approx(float(magnitudes.double().mean()), rel=rtol)
+        assert row["median"] == pytest.approx(float(magnitudes.median()), rel=MEDIAN)
+        assert row["nonfinite"] == 0
+        if layer != EMBEDDING:
+            own = channels[channels["layer"] == layer].sort_values("channel")["magnitude"]
+            np.testing.assert_allclose(own, every.abs().amax(0), rtol=rtol)
+
+
+LENGTHS = [17, 4, 31, 9, 1, 23, 12, 5, 28, 2]
+
+
+def test_scan_of_the_bundled_model_equals_brute_force(demo: LoadedModel) -> None:
+    sequences = random_sequences(LENGTHS)
+    stack = brute_force(demo, sequences)
+    for batch_size in (1, 3, len(sequences)):
+        scan = scan_of(demo, sequences, batch_size)
+        # Alone, a sequence gives the very same numbers; in a batch, other kernels may be used.
+        assert_equals(scan, stack, rtol=1e-6 if batch_size == 1 else 1e-4)
+        assert (scan.n_sequences, scan.n_tokens) == (len(LENGTHS), sum(LENGTHS))
+
+
+def test_token_table_is_the_largest_magnitude_of_every_token(demo: LoadedModel) -> None:
+    sequences = random_sequences(LENGTHS)
+    stack = brute_force(demo, sequences)
+    table = scan_of(demo, sequences, 4).tokens()
+    kept = sequences[:8]
+    assert len(table) == sum(map(len, kept)) * len(demo.decoder)
+    assert list(table.columns) == [
+        "sequence",
+        "position",
+        "token",
+        "layer",
+        "magnitude",
+        "channel",
+    ]
+    for row in table.itertuples():
+        state = stack[row.layer][row.sequence][row.position].abs()
+        assert row.magnitude == pytest.approx(float(state.max()), rel=1e-4)
+        assert float(state[row.channel]) == pytest.approx(row.magnitude, rel=1e-4)
+        assert row.token == demo.tokenizer.decode([sequences[row.sequence][row.position]])
+
+
+def test_order_of_the_sequences_moves_only_the_places(demo: LoadedModel) -> None:
+    sequences = random_sequences(LENGTHS)
+    forward = scan_of(demo, sequences, 4).layers()
+    backward = scan_of(demo, sequences[::-1], 4).layers()
+    for name in ("top1", "top2", "top3", "mean"):
+        np.testing.assert_allclose(forward[name], backward[name], rtol=1e-4)
+    np.testing.assert_array_equal(forward["top1_channel"], backward["top1_channel"])
+    np.testing.assert_array_equal(
+        forward["top1_sequence"], len(LENGTHS) - 1 - backward["top1_sequence"]
+    )
+
+
+def test_half_precision_statistics_are_those_of_the_half_precision_outputs() -> None:
+    """The model's own bf16 numbers, summed in float64: nothing is rounded a second time."""
+    loaded = load(ModelFields(device="cpu", dtype="bfloat16"))
+    sequences = random_sequences([9, 9])
+    assert_equals(scan_of(loaded, sequences, 1), brute_force(loaded, sequences), rtol=1e-6)
+
+
+floats = st.floats(min_value=2.0**-100, max_value=2.0**60, width=32, allow_nan=False) | st.just(0.0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    values=st.lists(st.tuples(floats, st.booleans()), min_size=2, max_size=60),
+    cuts=st.lists(st.integers(1, 29), max_size=4),
+)
+def test_statistics_do_not_depend_on_how_they_are_fed(
+    values: list[tuple[float, bool]], cuts: list[int]
+) -> None:
+    signed = [-v if negative else v for v, negative in values[: len(values) // 2 * 2]]
+    states = torch.tensor(signed).view(-1, 2)
+    place = torch.arange(len(states))
+    statistics = _LayerStatistics(2, torch.device("cpu"))
+    edges = sorted({0, len(states), *(c for c in cuts if c < len(states))})
+    for start, stop in zip(edges, edges[1:], strict=False):
+        part = slice(start, stop)
+        statistics.add(states[part], place[part], place[part] * 10)
+    flat = states.abs().flatten()
+    wanted = flat.sort(descending=True).values[:3].tolist()
+    assert [t[0] for t in statistics.top] == wanted
+    for magnitude, sequence, position, channel, value in statistics.top:
+        assert position == sequence * 10
+        assert float(states[sequence, channel]) == value
+        assert abs(value) == magnitude
+    assert statistics.median() == pytest.approx(float(flat.median()), rel=MEDIAN, abs=1e-38)
+    mean = float(statistics.total) / statistics.count
+    assert mean == pytest.approx(float(flat.double().mean()), rel=1e-12)
+    assert torch.equal(statistics.channel_max, states.abs().amax(0))
+
+
+@pytest.fixture(scope="module", params=sorted(CONFIGS))
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def tiny(folder: Path, family: str, plant: Plant | None) -> LoadedModel:
+    return load(ModelFields(model=str(save(build(family, plant), folder)), device="cpu"))
+
+
+def planted_sequences() -> list[list[int]]:
+    sequences = random_sequences([12, 7, 20, 15, 9], seed=1)
+    sequences[SEQUENCE][POSITION] = PLANT.token
+    return sequences
+
+
+def test_planted_layer_is_found(tmp_path: Path, family: str) -> None:
+    """Every rule names the planted layer, and the table its token and channel."""
+    loaded = tiny(tmp_path, family, PLANT)
+    assert (len(loaded.decoder), loaded.info.n_layers) == (LAYERS, LAYERS)
+    assert loaded.info.hidden_size == HIDDEN
+    scan = scan_of(loaded, planted_sequences(), 2)
+    table = scan.layers()
+    for rule in RULES:
+        verdict = first_outlier_layer(rule, table)
+        assert verdict.layer == PLANT.layer, (rule, verdict.reason)
+    for layer in range(PLANT.layer, LAYERS):
+        row = table.set_index("layer").loc[layer]
+        place = (row["top1_sequence"], row["top1_position"], row["top1_channel"])
+        assert place == (SEQUENCE, POSITION, PLANT.channel), layer
+        assert row["top1_token"] == loaded.tokenizer.decode([PLANT.token])
+
+
+def test_nothing_is_found_without_the_plant(tmp_path: Path, family: str) -> None:
+    loaded = tiny(tmp_path, family, None)
+    table = scan_of(loaded, planted_sequences(), 2).layers()
+    for rule in RULES:
+        verdict = first_outlier_layer(rule, table)
+        assert verdict.layer is None
+        assert "None found" in verdict.reason
+
+
+def test_scan_equals_brute_force_in_every_family(tmp_path: Path, family: str) -> None:
+    """Padding, block outputs as tuples or tensors, tied or not: the same numbers."""
+    loaded = tiny(tmp_path, family, PLANT)
+    sequences = planted_sequences()
+    stack = brute_force(loaded, sequences)
+    if family in {
+        "gemma2"
+    }:  # its tuple holds the embedding after the scaling, as the block sees it
+        assert stack[EMBEDDING][0].abs().max() > 6
+    for batch_size in (1, len(sequences)):
+        assert_equals(scan_of(loaded, sequences, batch_size), stack, rtol=1e-4)
+
+
+BROKEN = 3
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """A Llama whose layer ``BROKEN`` turns one token into NaN and leaves the others alone."""
+    model = build("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[PLANT.token] = 1.0
+        model.get_input_embeddings().weight[PLANT.token, SOURCE_OF_NAN] = 1e6
+        model.model.layers[BROKEN].mlp.down_proj.weight.mul_(float("inf"))
+    return save(model, tmp_path / "broken")
+
+
+SOURCE_OF_NAN = 0
+
+
+def test_nan_is_counted_and_the_scan_goes_on(broken: Path) -> None:
+    loaded = load(ModelFields(model=str(broken), device="cpu"))
+    sequences = random_sequences([6, 9])
+    table = scan_of(loaded, sequences, 2).layers().set_index("layer")
+    every = sum(map(len, sequences)) * HIDDEN
+    assert (table.loc[: BROKEN - 1, "nonfinite"] == 0).all()
+    assert (table.loc[BROKEN:, "nonfinite"] == every).all()
+    healthy = save(build("llama"), broken.parent / "healthy")
+    other = scan_of(load(ModelFields(model=str(healthy), device="cpu")), sequences, 2)
+    for name in ("top1", "median", "mean"):
+        before = table.loc[: BROKEN - 1, name]
+        np.testing.assert_allclose(
+            before, other.layers().set_index("layer").loc[before.index, name]
+        )
+
+
+def test_nan_is_reported_in_the_log(
+    broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zo_settings(), "cache_dir", tmp_path / "cache")
+    job = ScanJob(model=str(broken), device="cpu", text="prompt", prompt="The harbour was quiet.")
+    run = runs.create(job, Process.current())
+    run_scan(job, run, JobContext(run))
+    assert f"layer {BROKEN} has " in run.log_text()
+    assert "NaN or infinite activations" in run.log_text()
+    assert f"layer {BROKEN - 1} has " not in run.log_text()
+    summary = run.result_json()
+    assert summary is not None
+    assert summary["first_outlier_layer"] == dict.fromkeys(RULES)
+    layers = pd.read_parquet(run.result("layers.parquet"))
+    assert list(layers["layer"]) == list(range(EMBEDDING, LAYERS))
