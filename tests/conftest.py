@@ -11,6 +11,10 @@ import pytest
 
 CANCEL_GRACE = 3.0
 
+# Read when torch is imported, which tests/unit/conftest.py does before pytest_configure is called:
+# threads that spin while they wait make torch many times slower on cores that others use too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Point the project at a temporary cache before any test module reads the settings."""
@@ -18,8 +22,6 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["ZO_CACHE_DIR"] = str(config.stash[CACHE])
     os.environ["ZO_CANCEL_GRACE"] = str(CANCEL_GRACE)
     os.environ.pop("ZO_BACKEND", None)
-    # Threads that spin while they wait make torch ten times slower on cores that others use too.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
