@@ -310,8 +310,8 @@ def downloads(entry: history.Entry, figure: object) -> None:
 begin(
     "Fine-tune",
     "Zeroth-order SGD estimates the gradient from two forward passes a step, without "
-    "backpropagation. Tuning the dominant layer alone is often as good as tuning all layers, and "
-    "faster.",
+    "backpropagation. The Dominant-Layer paper reports that tuning one layer, the first outlier "
+    "layer, matches tuning all of them and is faster: see whether it does on your model.",
 )
 adopt_link()
 choice = current()

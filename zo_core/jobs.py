@@ -170,7 +170,8 @@ def explain(error: ValidationError) -> str:
     """One plain sentence for each wrong field, naming the field and what would be right."""
     sentences = []
     for item in error.errors(include_url=False):
-        field = ".".join(str(part) for part in item["loc"] if part not in KINDS)
+        parts = [part for part in item["loc"] if part not in KINDS]
+        field = ".".join(part for part in parts if isinstance(part, str))
         message = item["msg"].removeprefix("Value error, ")
         given = item.get("input")
         if item["type"] == "extra_forbidden":

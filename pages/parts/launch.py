@@ -55,7 +55,7 @@ def submit(job: BaseModel) -> None:
 
 
 def resume(run: runs.Run) -> None:
-    """Queue an ended tuning run again, from its last checkpoint."""
+    """Queue an ended tuning run again, from its last step."""
     try:
         show(backend.resume(run.run_id))
     except (backend.BackendError, runs.RunNotFoundError, OSError) as error:

@@ -123,7 +123,7 @@ def header(entry: history.Entry) -> None:
             st.error(plain(status.error or "The run failed."), icon=":material/error:")
         elif status.state in ("interrupted", "cancelled"):
             reached = f" It reached {status.step:,} of {status.total:,}." if status.total else ""
-            hint = " Resume goes on from the last checkpoint." if entry.job.kind == "tune" else ""
+            hint = " Resume goes on from the last step." if entry.job.kind == "tune" else ""
             st.warning(f"{plain(status.message or 'Cancelled.')}{reached}{hint}")
 
 

@@ -38,7 +38,9 @@ def fill(page: Page, name: str, value: str) -> None:
 
 
 def download(page: Page, name: str, folder: Path) -> Path:
-    """Press a download button; the file's path."""
+    """Press a download button once the page is at rest; the file's path."""
+    page.wait_for_timeout(1500)  # the rerun that ends a live view may not have begun
+    settled(page)
     with page.expect_download() as waiting:
         press(page, name)
     target = folder / waiting.value.suggested_filename

@@ -290,10 +290,14 @@ NO_FINITE_VALUE = "a layer without finite values is given as magnitude 0 instead
     "layer",
     [
         pytest.param(
-            0, marks=pytest.mark.xfail(reason="idxmax of all NaN raises", raises=ValueError)
+            0,
+            marks=pytest.mark.xfail(
+                reason="idxmax of all NaN raises", raises=ValueError, strict=True
+            ),
         ),
         pytest.param(
-            BROKEN, marks=pytest.mark.xfail(reason=NO_FINITE_VALUE, raises=AssertionError)
+            BROKEN,
+            marks=pytest.mark.xfail(reason=NO_FINITE_VALUE, raises=AssertionError, strict=True),
         ),
     ],
 )
