@@ -10,7 +10,7 @@ from pages.parts.forms import data_folder, missing_layers, task_picker
 from pages.parts.frame import begin
 from pages.parts.live_chart import live_chart
 from pages.parts.words import count, duration, layer_name, plain
-from zo_core import export, plots
+from zo_core import export, plots, runs
 from zo_core.jobs import TuneJob, command_line, recommended_lr
 
 SCOPES = {"auto": "Dominant layer (auto)", "layer": "One layer", "full": "All layers"}
@@ -95,14 +95,13 @@ def form(choice: Choice) -> None:
         values["task"] = task_picker("tune")
         integers(values, {"steps": "Steps", "batch_size": "Batch size", "seed": "Seed"})
         values["lr"] = st.number_input(
-            "Learning rate",
+            "Learning rate (empty: recommended)",
             value=None,
             step=1e-6,
             format="%g",
             key="tune_lr",
-            width=190,
-            placeholder=f"{recommended_lr(choice.model, scope):g} (recommended)",
-            help="Empty: the recommended rate",
+            width=250,
+            placeholder=f"{recommended_lr(choice.model, scope):g}",
             persist_state="session",
         )
         values["eps"] = st.number_input(
@@ -165,12 +164,13 @@ def form(choice: Choice) -> None:
 def facts(entry: history.Entry, metrics: curve.Curve) -> None:
     """Accuracy and loss before and after, speed, time left."""
     status, summary = entry.status, entry.summary
+    running = status.state == "running"
     evaluations = metrics.evals
     before = summary.get("before") or status.details.get("before") or evaluations.get(0)
     last = max(evaluations, default=0)
     after = summary.get("after") or (evaluations[last] if last else None)
     speed = summary.get("steps_per_second") or metrics.speed()
-    left = f"{(status.total - status.step) / speed:.0f}" if speed and status.live else None
+    left = (status.total - status.step) / speed if speed and running else None
     with st.container(horizontal=True, key="tune_facts"):
         for key, title, text in (
             ("accuracy", "Validation accuracy", lambda e: history.accuracy(e)),
@@ -185,6 +185,8 @@ def facts(entry: history.Entry, metrics: curve.Curve) -> None:
             value = (
                 f"{start} → {text(after)}" if after and before else (text(shown) if shown else "…")
             )
+            if before and not after and start:
+                value = f"{start} (before)"
             st.metric(
                 title,
                 value or "…",
@@ -201,10 +203,10 @@ def facts(entry: history.Entry, metrics: curve.Curve) -> None:
             width=150,
             height="stretch",
         )
-        if status.live:
+        if running:
             st.metric(
                 "Time left",
-                duration(float(left)) if left else "…",
+                duration(left) if left is not None else "…",
                 border=True,
                 width=150,
                 height="stretch",
@@ -222,6 +224,13 @@ def facts(entry: history.Entry, metrics: curve.Curve) -> None:
             height="stretch",
         )
     notes = [f"scope {entry.scope}"]
+    if not status.live and not summary.get("after"):
+        notes.insert(
+            0,
+            f"last evaluated at step {last:,} of {status.total:,}"
+            if after
+            else "not evaluated after tuning",
+        )
     tuned = summary.get("tuned_parameters") or status.details.get("tuned_parameters")
     if tuned:
         notes.append(f"{count(tuned)} tuned parameters")
@@ -237,7 +246,9 @@ def facts(entry: history.Entry, metrics: curve.Curve) -> None:
 def show(entry: history.Entry) -> None:
     """A tuning run, live or ended."""
     metrics = curve.curve(entry.run)
-    facts(entry, metrics)
+    begun = entry.summary.get("before") or entry.status.details.get("before") or metrics.evals
+    if len(metrics) or entry.status.live or (begun and entry.status.state != "failed"):
+        facts(entry, metrics)
     if not len(metrics):
         if entry.status.live:
             st.caption("The curve appears with the first step.")
@@ -264,13 +275,32 @@ def show(entry: history.Entry) -> None:
         metrics.steps, metrics.evaluations, axis, span, f"{entry.run_id}-{axis}"
     )
     live_chart(figure, key="loss_chart")
-    downloads(entry, figure)
+    # What the downloads below, which are not redrawn with the chart, read at the click.
+    st.session_state.setdefault("curve_view", {}).update(axis=axis, span=span)
 
 
-def downloads(entry: history.Entry, figure: object) -> None:
-    """Metrics, checkpoint and figure."""
-    run = entry.run
+def report(run: runs.Run, view: dict) -> bytes:
+    """The figure of a run as it is now, in an HTML page; called at the click."""
+    entry, metrics = history.read(run), curve.Curve()
+    metrics.advance(run)
+    return export.html_bytes(
+        f"Fine-tuning of {entry.job.model}",
+        [("Loss and accuracy", plots.loss_curve(metrics.steps, metrics.evaluations, **view))],
+        [f"Run {run.run_id}, scope {entry.scope}. {entry.key_result}"],
+        command_line(entry.job),
+    )
+
+
+def downloads(entry: history.Entry) -> None:
+    """Metrics, checkpoint and figure: outside the part that is redrawn each second.
+
+    A redraw replaces the address of a download, and a click just before it would find nothing.
+    """
+    run, live = entry.run, entry.status.live
     checkpoint = run.path / "checkpoint.safetensors"
+    if not live and not len(curve.curve(run)):
+        return
+    view = st.session_state.setdefault("curve_view", {})
     with st.container(horizontal=True, key="tune_downloads"):
         st.download_button(
             "metrics.csv",
@@ -293,12 +323,7 @@ def downloads(entry: history.Entry, figure: object) -> None:
             )
         st.download_button(
             "Figure (HTML)",
-            lambda: export.html_bytes(
-                f"Fine-tuning of {entry.job.model}",
-                [("Loss and accuracy", figure)],
-                [f"Run {run.run_id}, scope {entry.scope}. {entry.key_result}"],
-                command_line(entry.job),
-            ),
+            lambda: report(run, view),
             f"{run.run_id}.html",
             "text/html",
             key="download_html",
@@ -332,3 +357,4 @@ if shown is None:
         )
 else:
     run_view.follow(shown, show)
+    downloads(shown)

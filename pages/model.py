@@ -1,6 +1,8 @@
 """Model page: the way through the app, and which model to look at in which precision."""
 
+import re
 import socket
+from pathlib import Path
 
 import pandas as pd
 import psutil
@@ -17,6 +19,7 @@ from zo_core.models.catalog import ModelInfo
 from zo_core.models.memory import MemoryEstimate, estimate
 
 SOURCES = {"bundled": "Bundled demo", "hub": "Hugging Face hub", "local": "Local folder"}
+HUB_ADDRESS = re.compile(r"^https?://(www\.)?(huggingface\.co|hf\.co)/")
 DTYPES = ("float32", "bfloat16", "float16")
 USES = {
     "weights": "Weights",
@@ -39,7 +42,8 @@ def steps(choice: Choice, info: ModelInfo | None) -> None:
         found = "Scanned: no first outlier layer by the emergence rule."
     else:
         found = f"First outlier layer: **{layer_name(layer, n_layers or layer + 1)}**"
-    sensitive = (probe.summary.get("most_sensitive_layer")) if probe else None
+    sensitive = probe.summary.get("most_sensitive_layer") if probe else None
+    probed = len(probe.summary.get("layers") or []) if probe else 0
     cards = (
         ("1 · Scan", "outliers", "Outliers", found, scan),
         (
@@ -48,7 +52,8 @@ def steps(choice: Choice, info: ModelInfo | None) -> None:
             "Sensitivity",
             "Perturb one layer at a time and measure how much the loss moves."
             if sensitive is None
-            else f"Most sensitive: **{layer_name(sensitive, n_layers or sensitive + 1)}**",
+            else f"Largest mean |g| of the {probed} probed layers: "
+            f"**{layer_name(sensitive, n_layers or sensitive + 1)}**",
             probe,
         ),
         (
@@ -89,7 +94,7 @@ def pick(choice: Choice) -> Choice:
         key="model_source",
         required=True,
     )
-    model, revision = "demo", None
+    model, revision, missing = "demo", None, ""
     if source == "hub":
         with st.container(horizontal=True):
             model = st.text_input(
@@ -107,6 +112,8 @@ def pick(choice: Choice) -> Choice:
                 width=180,
                 max_chars=128,
             )
+        model = HUB_ADDRESS.sub("", model.strip()).strip("/")
+        missing = "" if model else "Type a hub id."
     elif source == "local":
         model = st.text_input(
             "Folder on the engine's machine",
@@ -115,11 +122,15 @@ def pick(choice: Choice) -> Choice:
             placeholder="/models/llama-2-7b, with config.json and *.safetensors",
             max_chars=512,
         )
+        model, missing = folder(model.strip())
     else:
         st.caption(
             "A LLaMA-style model of 15 M parameters with 16 layers, trained for this project. It "
             "has real massive activations and runs on any CPU, offline."
         )
+    if missing:
+        model, revision = choice.model, choice.revision
+        st.info(f"{missing} Until then the model is still **{plain(choice.label)}**.")
     devices = ["auto", "cpu", *sorted({w["device"] for w in _gpus()})]
     if choice.device not in devices:
         devices.append(choice.device)
@@ -142,11 +153,24 @@ def pick(choice: Choice) -> Choice:
             help="auto: a GPU if there is one",
         )
     return Choice(
-        model=model.strip() or "demo",
+        model=model,
         revision=(revision or "").strip() or None,
         dtype=dtype,
         device=device,
     )
+
+
+def folder(typed: str) -> tuple[str, str]:
+    """A typed folder as an absolute path, or the sentence that says what is missing."""
+    if not typed:
+        return "", "Type a folder."
+    try:
+        path = Path(typed).expanduser().resolve()
+        if path.is_dir():
+            return str(path), ""
+    except (OSError, RuntimeError, ValueError):  # too long, an unknown ~user, a null byte
+        pass
+    return "", f"There is no folder {plain(typed)}."
 
 
 def _gpus() -> list[dict]:

@@ -8,10 +8,10 @@ import streamlit as st
 from pages.parts import history, launch, run_view
 from pages.parts.choice import Choice, current, line
 from pages.parts.frame import begin
-from pages.parts.routes import PAGES
+from pages.parts.verdict import fine_tune, judge
 from pages.parts.words import layer_name, plain
 from zo_core import export, plots
-from zo_core.analysis.outliers import RULES, Verdict, first_outlier_layer
+from zo_core.analysis.outliers import Verdict
 from zo_core.jobs import ScanJob, command_line
 from zo_core.tasks.catalog import TASKS
 
@@ -99,80 +99,6 @@ def table(entry: history.Entry, name: str) -> pd.DataFrame:
     return _table(str(path), path.stat().st_mtime_ns)
 
 
-def judge(layers: pd.DataFrame, n_layers: int) -> Verdict:
-    """The rule picker, the verdict in one sentence, and all rules side by side."""
-    place = st.container(key="verdict")
-    with st.container(horizontal=True, vertical_alignment="bottom", key="rule_picker"):
-        rule = st.segmented_control(
-            "Outlier rule",
-            list(RULES),
-            format_func=lambda r: RULES[r].title,
-            default="emergence",
-            key="outlier_rule",
-            required=True,
-            persist_state="session",
-        )
-        parameters = {}
-        for name, default in RULES[rule].parameters.items():
-            value = st.number_input(
-                name,
-                value=default,
-                step=1.0,
-                format="%g",
-                key=f"rule_{rule}_{name}",
-                width=140,
-                persist_state="session",
-            )
-            parameters[name] = default if value is None or not math.isfinite(value) else value
-    st.caption(f"{RULES[rule].definition} Source: {RULES[rule].source}.")
-    verdicts = {
-        name: first_outlier_layer(name, layers, **(parameters if name == rule else {}))
-        for name in RULES
-    }
-    verdict = verdicts[rule]
-    with place:
-        if verdict.layer is None:
-            st.header("No first outlier layer", anchor=False)
-        else:
-            name = layer_name(verdict.layer, n_layers)
-            st.header(f"{name[0].upper()}{name[1:]} is the first outlier layer", anchor=False)
-        st.markdown(f"{RULES[rule].title} rule: {plain(verdict.reason)}")
-        if verdict.layer is not None:
-            fine_tune(verdict.layer, "Fine-tune dominant layer", "fine_tune_dominant", primary=True)
-        else:
-            st.caption(
-                "Fixed thresholds miss many models: try another rule or lower its numbers, or "
-                "measure instead on the Sensitivity page."
-            )
-    with st.expander("What each rule says", key="all_verdicts"):
-        st.dataframe(
-            pd.DataFrame(
-                [
-                    {
-                        "Rule": RULES[name].title,
-                        "Layer (0-based)": "none found" if v.layer is None else str(v.layer),
-                        "Why": v.reason,
-                        "Parameters": ", ".join(f"{k} = {x:g}" for k, x in v.parameters.items()),
-                    }
-                    for name, v in verdicts.items()
-                ]
-            ),
-            hide_index=True,
-            key="verdict_table",
-            row_height=56,
-            column_config={"Why": st.column_config.TextColumn(width="large")},
-        )
-    return verdict
-
-
-def fine_tune(layer: int, label: str, key: str, primary: bool = False) -> None:
-    """A button that opens the fine-tune page on one layer."""
-    if st.button(
-        label, key=key, type="primary" if primary else "secondary", icon=":material/trending_down:"
-    ):
-        st.switch_page(PAGES["fine_tune"], query_params={"scope": f"layer:{layer}"})
-
-
 def clicked(chart: str) -> None:
     """Select the layer of the clicked cell."""
     points = st.session_state[chart].selection.points
@@ -180,8 +106,37 @@ def clicked(chart: str) -> None:
         st.session_state["outlier_layer"] = int(points[0]["customdata"][0])
 
 
+def covered(tokens: pd.DataFrame, n_sequences: int) -> str:
+    """Which sequences the token table holds; empty if all of them."""
+    kept = tokens["sequence"].nunique()
+    return f"first {kept} of {n_sequences} sequences" if kept < n_sequences else ""
+
+
+def top_tokens(layer: int, row: pd.Series, tokens: pd.DataFrame) -> pd.DataFrame:
+    """The ten largest tokens of a layer that are known: top-1 to 3 of the whole scan included."""
+    columns = ["token", "sequence", "position", "channel", "magnitude"]
+    best = [
+        [row[f"top{r}_{c}"] for c in columns[:-1]] + [row[f"top{r}"]]
+        for r in (1, 2, 3)
+        if pd.notna(row.get(f"top{r}_sequence"))
+    ]
+    table = pd.concat(
+        [pd.DataFrame(best, columns=columns), tokens.loc[tokens["layer"] == layer, columns]]
+        if best
+        else [tokens.loc[tokens["layer"] == layer, columns]]
+    )
+    # The token table has one row a token; top-2 may be another channel of the same token.
+    table = table.drop_duplicates(["sequence", "position", "channel"])
+    table = table.nlargest(10, "magnitude")
+    return table.assign(token=table["token"].map(plots.visible))
+
+
 def detail(
-    layer: int, n_layers: int, row: pd.Series, channels: pd.DataFrame, tokens: pd.DataFrame
+    layer: int,
+    row: pd.Series,
+    channels: pd.DataFrame,
+    tokens: pd.DataFrame,
+    part: str,
 ) -> None:
     """The largest magnitudes of one layer, with their tokens and channels."""
     with st.container(horizontal=True):
@@ -210,15 +165,14 @@ def detail(
     left, right = st.columns(2)
     with left:
         st.markdown("Top tokens")
-        top = tokens[tokens["layer"] == layer].nlargest(10, "magnitude")
         st.dataframe(
-            top.assign(token=top["token"].map(plots.visible))[
-                ["token", "sequence", "position", "channel", "magnitude"]
-            ],
+            top_tokens(layer, row, tokens),
             hide_index=True,
             key="top_tokens",
             column_config={"magnitude": magnitude},
         )
+        if part:
+            st.caption(f"Top-1 to top-3 of the whole scan, and the rest from the {part}.")
     with right:
         st.markdown("Top channels")
         top = channels[channels["layer"] == layer].nlargest(10, "magnitude")
@@ -253,7 +207,14 @@ def choose_sequence(tokens: pd.DataFrame) -> tuple[int, int]:
 def downloads(
     entry: history.Entry, tables: dict[str, pd.DataFrame], verdict: Verdict, figures: list
 ) -> None:
-    """CSV of every table and one HTML report."""
+    """CSV of every table, the summary and one HTML report."""
+    part = covered(tokens := tables["tokens"], sequences(entry, tokens))
+    st.caption(
+        "Layers are 0-based; layer -1 is the embedding output. layers.csv: every layer over the "
+        "whole scan. channels.csv: the largest magnitude by layer and channel. tokens.csv: the "
+        f"largest magnitude by layer and token{f', of the {part}' if part else ''}. summary.json: "
+        "job, device, precision and verdicts of the three."
+    )
     with st.container(horizontal=True, key="scan_downloads"):
         for name, frame in tables.items():
             st.download_button(
@@ -265,6 +226,19 @@ def downloads(
                 icon=":material/download:",
                 on_click="ignore",
             )
+        st.download_button(
+            "summary.json",
+            lambda: export.json_bytes(
+                {"run_id": entry.run_id, "job": entry.job.model_dump(mode="json")}
+                | entry.summary
+                | {"provenance": entry.run.result_json("provenance.json")}
+            ),
+            f"{entry.run_id}-summary.json",
+            "application/json",
+            key="download_summary",
+            icon=":material/download:",
+            on_click="ignore",
+        )
         st.download_button(
             "Figures (HTML)",
             lambda: export.html_bytes(
@@ -279,6 +253,11 @@ def downloads(
             icon=":material/download:",
             on_click="ignore",
         )
+
+
+def sequences(entry: history.Entry, tokens: pd.DataFrame) -> int:
+    """How many sequences were scanned."""
+    return entry.summary.get("n_sequences") or tokens["sequence"].nunique()
 
 
 def results(entry: history.Entry) -> None:
@@ -316,6 +295,9 @@ def results(entry: history.Entry) -> None:
         alt="Largest magnitude by layer and channel",
     )
     st.subheader("Layer by token", anchor=False)
+    part = covered(tokens, sequences(entry, tokens))
+    if part:
+        st.caption(f"The {part}: tokens of the others are not kept.")
     sequence, start = choose_sequence(tokens)
     by_token = plots.token_heatmap(tokens, sequence, start, WINDOW, verdict.layer, selected)
     st.plotly_chart(
@@ -337,7 +319,7 @@ def results(entry: history.Entry) -> None:
             format_func=lambda k: layer_name(k, n_layers),
         )
         fine_tune(layer, f"Fine-tune layer {layer}", "fine_tune_selected")
-    detail(layer, n_layers, layers[layers["layer"] == layer].iloc[0], channels, tokens)
+    detail(layer, layers[layers["layer"] == layer].iloc[0], channels, tokens, part)
 
     st.subheader("Export", anchor=False)
     figures = [("Profile", profile), ("Layer by channel", by_channel), ("Layer by token", by_token)]
@@ -352,8 +334,8 @@ def show(entry: history.Entry) -> None:
 
 begin(
     "Outliers",
-    "A scan records the largest activations after every decoder layer. The layer where massive "
-    "activations first appear is the one to fine-tune first.",
+    "A scan records the largest activations after every decoder layer. The Dominant-Layer paper "
+    "suggests tuning the layer where massive activations first appear first.",
 )
 choice = current()
 line(choice)

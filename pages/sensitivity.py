@@ -79,6 +79,36 @@ def layer_count(entry: history.Entry) -> int | None:
     return entry.summary.get("n_layers") or (info.n_layers if info else None)
 
 
+def headline(layers: pd.DataFrame, most: int, n_layers: int) -> None:
+    """Which layer has the largest mean, and how sure that is."""
+    probed = layers["layer"].nunique()
+    name = layer_name(most, n_layers)
+    name = f"{name[0].upper()}{name[1:]}"
+    close = plots.overlapping(layers, most, "abs_projected_gradient")
+    if close == [] and probed == n_layers:
+        st.header(f"{name} is the most sensitive", anchor=False)
+        st.markdown(
+            f"It has the largest mean |g| of all {n_layers} layers, and its 95 % interval "
+            "overlaps with no other's."
+        )
+        return
+    if probed == 1:
+        st.header(f"{name} is the only probed layer", anchor=False)
+        return
+    st.header(f"{name} has the largest mean |g| of the {probed} probed layers", anchor=False)
+    if close is None:
+        st.markdown("One draw a layer gives no interval: use more draws to tell layers apart.")
+    elif close:
+        shown = ", ".join(str(k) for k in close[:5])
+        more = f" and {len(close) - 5} more" if len(close) > 5 else ""
+        st.markdown(
+            f"Its 95 % interval overlaps with layer{'s' if len(close) > 1 else ''} {shown}{more}: "
+            "more draws may change the order."
+        )
+    else:
+        st.markdown("Its 95 % interval overlaps with that of no other probed layer.")
+
+
 def show(entry: history.Entry) -> None:
     """A probe, growing layer by layer while it is live."""
     try:
@@ -96,11 +126,10 @@ def show(entry: history.Entry) -> None:
     n_layers = layer_count(entry) or int(layers["layer"].max()) + 1
     most = entry.summary.get("most_sensitive_layer")
     if most is not None:
-        name = layer_name(most, n_layers)
-        st.header(f"{name[0].upper()}{name[1:]} is the most sensitive", anchor=False)
+        headline(layers, most, n_layers)
         if first is not None:
             st.markdown(
-                "It is also the first outlier layer of the latest scan."
+                f"Layer {most} is also the first outlier layer of the latest scan."
                 if first == most
                 else f"The first outlier layer of the latest scan is another: layer {first}."
             )
@@ -126,7 +155,10 @@ def show(entry: history.Entry) -> None:
     figure = plots.sensitivity(layers, metric, first, job.layers or range(n_layers))
     figure.update_layout(uirevision=f"{entry.run_id}-{metric}")
     live_chart(figure, key="probe_chart")
-    note = "Bars: mean over draws; whiskers: 95 % interval (mean ± 1.96 standard errors)."
+    note = (
+        "Bars: mean over draws; whiskers: 95 % interval of that mean (Student t with draws − 1 "
+        "degrees of freedom), cut at 0 where the metric cannot be negative; none with one draw."
+    )
     if scan is None:
         note += " Scan this model on the Outliers page to see its first outlier layer marked here."
     st.caption(note)

@@ -287,6 +287,8 @@ def _spawn() -> subprocess.Popen[bytes]:
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     environment["ZO_CACHE_DIR"] = str(settings().cache_dir.resolve())
     environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    # Threads that spin while they wait make a shared machine several times slower for everyone.
+    environment.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "engine.log"

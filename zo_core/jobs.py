@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
 Noise = Literal["gaussian", "rademacher"]
 Rule = Literal["emergence", "massive", "systematic"]
 TextSource = Literal["sample", "prompt", "task"]
@@ -33,7 +34,7 @@ DEMO_FULL_LR = 1e-5
 PAPER_LR = 1e-6
 """Middle of the paper's grid {1e-7, 5e-7, 1e-6, 5e-6}, used for every model but the demo."""
 
-SCOPE_PATTERN = re.compile(r"^(full|layer:(auto|\d+))$")
+SCOPE_PATTERN = re.compile(r"full|layer:(auto|\d+)")
 
 
 class ModelFields(BaseModel):
@@ -44,7 +45,7 @@ class ModelFields(BaseModel):
     model: str = Field("demo", min_length=1, max_length=512, description="demo, a hub id or a path")
     revision: str | None = Field(None, max_length=128, description="hub branch, tag or commit")
     dtype: Dtype = Field("auto", description="auto: float32 on CPU, bfloat16 on a GPU")
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: GPU if any")
+    device: Device = Field("auto", description="auto: GPU if any; the engine picks which")
 
     @field_validator("model")
     @classmethod
@@ -63,7 +64,7 @@ class TaskFields(ModelFields):
     )
     batch_size: int = Field(16, ge=1, le=4096, description="examples a step")
     seed: int = Field(0, ge=0, lt=2**31, description="seed of z and of the batches")
-    eps: float = Field(1e-3, gt=0, le=10, description="perturbation scale")
+    eps: float = Field(1e-3, ge=1e-8, le=10, description="perturbation scale")
     noise: Noise = Field("gaussian", description="distribution of z")
 
 
@@ -124,7 +125,7 @@ class TuneJob(TaskFields):
     @field_validator("scope")
     @classmethod
     def _scope_is_known(cls, value: str) -> str:
-        if not SCOPE_PATTERN.match(value):
+        if not SCOPE_PATTERN.fullmatch(value):
             raise ValueError(
                 f"{value!r} is unknown: choose full, layer:auto or layer:<k>, as layer:3"
             )

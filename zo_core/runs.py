@@ -112,7 +112,10 @@ def replace_file(path: Path, data: bytes | str) -> None:
     """Write a file so that a reader or a crash sees the old or the new content, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(3)}")
     try:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        with temporary.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         with suppress(OSError):
@@ -188,7 +191,7 @@ class Run:
         whole = data[: data.rfind(b"\n") + 1]
         records = []
         for line in whole.splitlines():
-            with suppress(json.JSONDecodeError):  # a line torn by a crash or a full disk
+            with suppress(ValueError):  # a line torn by a crash or a full disk
                 records.append(json.loads(line))
         return records, offset + len(whole)
 
@@ -237,8 +240,11 @@ class Run:
         Raises:
             RuntimeError: the run is queued or running.
         """
-        if self.status().live:
-            raise RuntimeError(f"Run {self.run_id} is still live: cancel it before deleting it.")
+        with suppress(ValueError, TypeError, KeyError):  # a damaged folder can still be deleted
+            if self.status().live:
+                raise RuntimeError(
+                    f"Run {self.run_id} is still live: cancel it before deleting it."
+                )
         shutil.rmtree(self.path)
 
     # -- what the worker needs ----------------------------------------------------------------
@@ -339,7 +345,7 @@ def get(run_id: str) -> Run:
         RunNotFoundError: the id is malformed or unknown.
     """
     path = settings().runs_dir / run_id
-    if not RUN_ID.match(run_id) or not (path / "status.json").is_file():
+    if not RUN_ID.fullmatch(run_id) or not (path / "status.json").is_file():
         raise RunNotFoundError(
             f"No run {run_id!r} in {settings().runs_dir}: `python -m zo_core runs list` shows them."
         )
@@ -352,7 +358,7 @@ def list_runs(kinds: tuple[str, ...] = ("scan", "probe", "tune")) -> Iterator[Ru
     names = sorted((p.name for p in root.iterdir()), reverse=True) if root.is_dir() else []
     for name in names:
         if (
-            RUN_ID.match(name)
+            RUN_ID.fullmatch(name)
             and name.split("-")[2] in kinds
             and (root / name / "status.json").is_file()
         ):

@@ -3,7 +3,7 @@
 import streamlit as st
 
 from pages.parts import history
-from pages.parts.routes import KIND_TITLES, PAGE_OF_KIND
+from pages.parts.routes import PAGE_OF_KIND
 from pages.parts.words import count, plain, shorten, size
 from zo_core import backend
 
@@ -70,12 +70,9 @@ def _worker(worker: dict) -> None:
 
 def _job(entry: history.Entry) -> None:
     status = entry.status
-    state = status.state
-    if state == "running" and status.total:
-        state = f"{100 * status.step / status.total:.0f} %"
     st.page_link(
         PAGE_OF_KIND[entry.job.kind],
-        label=f"{KIND_TITLES[entry.job.kind]} · {state}",
+        label=plain(entry.short),
         icon=":material/play_circle:" if status.state == "running" else ":material/schedule:",
         query_params={"run": entry.run_id},
         help=plain(entry.title) or None,

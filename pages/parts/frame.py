@@ -14,7 +14,7 @@ def navigation() -> st.Page:
     """Declare the app's name, look and pages, and give the page to run."""
     st.set_page_config(page_title="ZOScope", page_icon=ICON, layout="wide")
     st.logo(ICON, size="large")
-    return st.navigation(
+    page = st.navigation(
         [
             st.Page(PAGES["model"], title="Model", icon=":material/deployed_code:", default=True),
             st.Page(PAGES["outliers"], title="Outliers", icon=":material/blur_on:"),
@@ -23,6 +23,8 @@ def navigation() -> st.Page:
             st.Page(PAGES["runs"], title="Runs", icon=":material/history:"),
         ]
     )
+    st.set_page_config(page_title=f"{page.title} · ZOScope")
+    return page
 
 
 def routed() -> None:

@@ -47,6 +47,23 @@ class Entry:
         return f"layer:{layer} (auto)" if scope == "layer:auto" and layer is not None else scope
 
     @property
+    def short(self) -> str:
+        """Kind and state with what tells jobs apart, for a narrow list: the rest may be cut."""
+        job, status = self.job, self.status
+        state = status.state
+        if state == "running" and status.total:
+            state = f"{100 * status.step / status.total:.0f} %"
+        what, more = shorten(getattr(job, "model", ""), 16), ""
+        if job.kind == "tune":
+            what, more = self.scope.removesuffix(" (auto)"), f"{job.steps:,} steps"
+        elif job.kind == "probe":
+            what = f"{len(job.layers)} layers" if job.layers else "all layers"
+            more = f"{job.draws} draws"
+        elif job.kind == "scan":
+            what = {"sample": "bundled text", "prompt": "own prompt"}.get(job.text, job.task)
+        return " · ".join(filter(None, (f"{job.kind.capitalize()} {what}".strip(), state, more)))
+
+    @property
     def label(self) -> str:
         """One line for a list of runs."""
         return f"{clock(self.status.created)} · {self.title} · {self.status.state}"
@@ -61,7 +78,7 @@ class Entry:
             layer = summary["first_outlier_layer"].get("emergence")
             return "no first outlier layer" if layer is None else f"first outlier layer {layer}"
         if self.job.kind == "probe" and summary.get("most_sensitive_layer") is not None:
-            return f"most sensitive layer {summary['most_sensitive_layer']}"
+            return f"largest mean |g| at layer {summary['most_sensitive_layer']}"
         before, after = (accuracy(summary.get(key)) for key in ("before", "after"))
         if before and after:
             return f"accuracy {before} → {after}"
@@ -101,8 +118,38 @@ def entries(kinds: tuple[str, ...] = KINDS) -> list[Entry]:
 
 
 def live() -> list[Entry]:
-    """Queued and running jobs of every kind, oldest first."""
-    return [entry for entry in reversed(entries(ALL_KINDS)) if entry.status.live]
+    """Running, then queued jobs of every kind, oldest first."""
+    found = [entry for entry in reversed(entries(ALL_KINDS)) if entry.status.live]
+    return sorted(found, key=lambda entry: entry.status.state == "queued")
+
+
+def ahead(entry: Entry) -> int:
+    """How many live jobs come before a queued one."""
+    return sum(
+        other.status.state == "running" or other.status.created < entry.status.created
+        for other in live()
+        if other.run_id != entry.run_id
+    )
+
+
+def preferred(kind: str, choice: Choice) -> Entry | None:
+    """The run of a model to show first: the newest that is live, done or got somewhere.
+
+    Failed runs, and those that ended before their first step, come last.
+    """
+    of_choice = [
+        e
+        for e in entries((kind,))
+        if (e.job.model, e.job.revision) == (choice.model, choice.revision)
+    ]
+    useful = (
+        e
+        for e in of_choice
+        if e.status.live
+        or e.status.state == "done"
+        or (e.status.state != "failed" and e.status.step > 0)
+    )
+    return next(useful, of_choice[0] if of_choice else None)
 
 
 def of_model(kind: str, choice: Choice, done: bool = False) -> Entry | None:

@@ -10,7 +10,10 @@ from zo_core import backend, runs
 from zo_core.jobs import command_line, explain
 
 _WITHOUT_PAGE = ("load", "unload")
-"""Kinds that have neither a command line nor a page of their own."""
+"""Kinds that have no page of their own."""
+
+LONG_COMMAND, COMMAND_HEIGHT = 400, 130
+"""A command of more characters scrolls in a box of so many pixels."""
 
 
 def launch_row(
@@ -25,7 +28,7 @@ def launch_row(
         key: key of the button.
         problem: what is wrong although the spec is valid, such as a layer the model lacks.
     """
-    with st.container(horizontal=True, vertical_alignment="center", key=f"{key}_row"):
+    with st.container(horizontal=True, vertical_alignment="top", key=f"{key}_row"):
         clicked = st.button(label, key=key, type="primary", icon=":material/play_arrow:")
         with st.container(key=f"{key}_command"):
             job = None
@@ -36,10 +39,17 @@ def launch_row(
             if problem:
                 alert = st.error if clicked else st.warning
                 alert(plain(problem), icon=":material/error:")
-            elif job.kind not in _WITHOUT_PAGE:
-                st.code(command_line(job), language="bash", wrap_lines=True)
+            else:
+                command(job)
     if clicked and not problem:
         submit(job)
+
+
+def command(job: BaseModel) -> None:
+    """The command line of a job, in a box that a long prompt does not stretch."""
+    text = command_line(job)
+    height = COMMAND_HEIGHT if len(text) > LONG_COMMAND else "content"
+    st.code(text, language="bash", wrap_lines=True, height=height)
 
 
 def submit(job: BaseModel) -> None:

@@ -10,7 +10,6 @@ from pages.parts.choice import Choice
 from pages.parts.routes import KIND_TITLES, PAGE_OF_KIND
 from pages.parts.words import clock, elapsed, plain
 from zo_core import backend, runs
-from zo_core.jobs import command_line
 
 STATES = {
     "queued": ("gray", ":material/schedule:"),
@@ -25,7 +24,7 @@ LISTED = 100
 
 
 def pick(kind: str, choice: Choice) -> history.Entry | None:
-    """The run that a page shows: the one in the URL, else the newest of the chosen model.
+    """The run that a page shows: the one in the URL, else the chosen model's newest useful one.
 
     Draws the list of runs of that kind, or the sentence that says why there is nothing to show.
     """
@@ -55,7 +54,7 @@ def pick(kind: str, choice: Choice) -> history.Entry | None:
             )
             return None
     else:
-        entry = history.of_model(kind, choice)
+        entry = history.preferred(kind, choice)
         if entry is None:
             return None
         st.query_params["run"] = entry.run_id
@@ -114,6 +113,7 @@ def header(entry: history.Entry) -> None:
             elif (
                 entry.job.kind == "tune"
                 and status.state != "done"
+                and (status.state != "failed" or status.step > 0)
                 and st.button("Resume", key="resume_run", icon=":material/restart_alt:")
             ):
                 launch.resume(run)
@@ -131,7 +131,10 @@ def progress(entry: history.Entry) -> None:
     """Progress bar and message of a live run."""
     status = entry.status
     if status.state == "queued":
-        text = status.message or "Waiting for the engine"
+        ahead = history.ahead(entry)
+        text = f"Queued, {ahead} job{'' if ahead == 1 else 's'} ahead" if ahead else "Queued, next"
+        if status.message:
+            text += f" · {status.message}"
     else:
         text = status.message or "Running"
         if status.total and f"of {status.total}" not in text:
@@ -165,7 +168,7 @@ def _details(entry: history.Entry) -> None:
     if status.device:
         facts.append(f"on {status.device}")
     st.caption(" · ".join(facts))
-    st.code(command_line(entry.job), language="bash", wrap_lines=True)
+    launch.command(entry.job)
     log = entry.run.log_text()
     if log:
         st.code(log[-4000:], language=None, height=240)

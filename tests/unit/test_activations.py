@@ -256,17 +256,14 @@ def test_nan_layers_are_counted_and_leave_the_others_alone(tmp_path: Path) -> No
     )
 
 
-DILUTED = "NaN values count as zeros in mean and median (zo_core/analysis/activations.py, add)"
-
-
 @pytest.mark.parametrize(
     "name",
     [
         "top1",
         "top3",
         "top1_channel",
-        pytest.param("median", marks=pytest.mark.xfail(reason=DILUTED, strict=True)),
-        pytest.param("mean", marks=pytest.mark.xfail(reason=DILUTED, strict=True)),
+        "median",
+        "mean",
     ],
 )
 def test_nan_sequence_leaves_the_statistics_of_the_others(tmp_path: Path, name: str) -> None:
@@ -283,24 +280,7 @@ def test_nan_sequence_leaves_the_statistics_of_the_others(tmp_path: Path, name: 
     np.testing.assert_allclose(table.loc[0:, name], clean.loc[0:, name], rtol=1e-5)
 
 
-NO_FINITE_VALUE = "a layer without finite values is given as magnitude 0 instead of null"
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [
-        pytest.param(
-            0,
-            marks=pytest.mark.xfail(
-                reason="idxmax of all NaN raises", raises=ValueError, strict=True
-            ),
-        ),
-        pytest.param(
-            BROKEN,
-            marks=pytest.mark.xfail(reason=NO_FINITE_VALUE, raises=AssertionError, strict=True),
-        ),
-    ],
-)
+@pytest.mark.parametrize("layer", [0, BROKEN])
 def test_nan_is_reported_and_the_job_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layer: int
 ) -> None:

@@ -42,8 +42,8 @@ def sentence_for(fields: dict[str, Any]) -> str:
 
 
 BAD: list[tuple[str, str, object, str]] = [
-    ("tune", "eps", 0, "greater than 0"),
-    ("tune", "eps", -1e-3, "greater than 0"),
+    ("tune", "eps", 0, "greater than or equal to 0.00000001"),
+    ("tune", "eps", -1e-3, "greater than or equal to 0.00000001"),
     ("tune", "eps", math.nan, "is 'nan':"),
     ("probe", "eps", math.inf, "less than or equal to 10"),
     ("probe", "eps", "small", "valid number"),
@@ -75,8 +75,8 @@ BAD: list[tuple[str, str, object, str]] = [
     ("probe", "layers", [3, -1], "0-based layer indices"),
     ("probe", "layers", ["x"], "valid integer"),
     ("scan", "dtype", "int8", "'auto', 'float32', 'bfloat16' or 'float16'"),
-    ("scan", "device", "gpu", "pattern"),
-    ("scan", "device", "cuda:", "pattern"),
+    ("scan", "device", "gpu", "'auto', 'cpu' or 'cuda'"),
+    ("scan", "device", "cuda:0", "'auto', 'cpu' or 'cuda'"),
     ("scan", "bos", "maybe", "'auto', 'add' or 'none'"),
     ("scan", "text", "book", "'sample', 'prompt' or 'task'"),
     ("scan", "sequences", 0, "greater than or equal to 1"),
@@ -133,7 +133,6 @@ def test_a_spec_stays_valid_when_it_is_changed() -> None:
     assert (job.steps, job.scope) == (1000, "layer:auto")
 
 
-@pytest.mark.xfail(reason="SCOPE_PATTERN: $ also matches before a last newline", strict=True)
 @pytest.mark.parametrize("scope", ["full\n", "layer:3\n"])
 def test_scope_with_a_newline_is_refused(scope: str) -> None:
     assert "choose full" in sentence_for({"kind": "tune", "scope": scope})
@@ -160,14 +159,14 @@ model_fields: dict[str, st.SearchStrategy[Any]] = {
     "model": st.sampled_from(["demo", "gpt2", "Qwen/Qwen3-8B", "/a folder/with $HOME"]) | names,
     "revision": st.none() | text,
     "dtype": st.sampled_from(get_args(Dtype)),
-    "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:3"]),
+    "device": st.sampled_from(["auto", "cpu", "cuda"]),
 }
 task_fields: dict[str, st.SearchStrategy[Any]] = model_fields | {
     "task": st.from_regex(r"[a-z0-9_-]{1,64}", fullmatch=True),
     "data_dir": paths,
     "batch_size": small,
     "seed": st.integers(0, 2**31 - 1),
-    "eps": st.floats(0, 10, exclude_min=True),
+    "eps": st.floats(1e-8, 10),
     "noise": st.sampled_from(get_args(Noise)),
 }
 JOBS: dict[str, st.SearchStrategy[BaseModel]] = {

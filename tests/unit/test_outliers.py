@@ -182,7 +182,6 @@ def test_nothing_finite_at_all(rule: str, embedding: float) -> None:
     assert "no layer has finite activations" in verdict.reason
 
 
-@pytest.mark.xfail(strict=True, reason="idxmax of all NaN raises; emergence says 'nan x'")
 @pytest.mark.parametrize("rule", RULES)
 def test_magnitudes_of_zero_are_no_outliers(rule: str) -> None:
     """0 / 0 in every layer, as a scan of a model that is all zeros or all NaN gives."""

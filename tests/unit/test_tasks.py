@@ -88,9 +88,6 @@ KINDS: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
 
 @pytest.fixture(params=KINDS)
 def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
-    if request.param == "wordpiece, CLS and SEP":
-        reason = "the closing [SEP] is scored as part of the answer: encode knows EOS alone"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     return KINDS[request.param]()
 
 

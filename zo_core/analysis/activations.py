@@ -10,6 +10,7 @@ mantissa bits below the sign), whose bins are at most 2**-8 wide relative to the
 as the bin's middle, it is within 0.2 % of the exact one, in constant memory.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,6 +37,8 @@ class _LayerStatistics:
     def __init__(self, channels: int, device: torch.device) -> None:
         self.count = 0
         self.nonfinite = 0
+        self.first_nonfinite: tuple[int, int] | None = None
+        """(sequence, position) of the first token with a NaN or infinite activation."""
         self.total = torch.zeros((), dtype=torch.float64, device=device)
         self.histogram = torch.zeros(_BINS, dtype=torch.int64, device=device)
         self.channel_max = torch.zeros(channels, device=device)
@@ -45,14 +48,18 @@ class _LayerStatistics:
     def add(self, states: torch.Tensor, sequence: torch.Tensor, position: torch.Tensor) -> None:
         """Take in ``states`` float32 [N, C] of N real tokens at the given places (int64 [N])."""
         magnitude = states.abs()
+        values = magnitude.flatten()
         finite = magnitude.isfinite()
         if not bool(finite.all()):
+            if not self.nonfinite:
+                worst = int((~finite).any(-1).nonzero()[0])
+                self.first_nonfinite = (int(sequence[worst]), int(position[worst]))
             self.nonfinite += int((~finite).sum())
+            values = magnitude[finite]
             magnitude = magnitude.masked_fill(~finite, 0.0)
-        self.count += magnitude.numel()
-        self.total += magnitude.sum(dtype=torch.float64)
-        bins = magnitude.contiguous().view(torch.int32).flatten() >> _SHIFT
-        self.histogram += torch.bincount(bins, minlength=_BINS)
+        self.count += values.numel()
+        self.total += values.sum(dtype=torch.float64)
+        self.histogram += torch.bincount(values.view(torch.int32) >> _SHIFT, minlength=_BINS)
         self.channel_max = torch.maximum(self.channel_max, magnitude.amax(0))
         values, flat = magnitude.flatten().topk(min(TOP, magnitude.numel()))
         token, channel = flat // magnitude.shape[1], flat % magnitude.shape[1]
@@ -60,8 +67,14 @@ class _LayerStatistics:
         found = list(zip(*(c.tolist() for c in columns), strict=True))
         self.top = sorted(self.top + found, key=lambda t: (-t[0], *t[1:4]))[:TOP]
 
+    def mean(self) -> float:
+        """Mean magnitude; NaN if there is no finite value."""
+        return float(self.total) / self.count if self.count else math.nan
+
     def median(self) -> float:
-        """Median magnitude, within 0.2 %."""
+        """Median magnitude, within 0.2 %; NaN if there is no finite value."""
+        if not self.count:
+            return math.nan
         middle = (self.histogram.sum() + 1) // 2
         index = int((self.histogram.cumsum(0) < middle).sum())
         edges = torch.tensor([index, index + 1], dtype=torch.int32) << _SHIFT
@@ -138,7 +151,7 @@ class ActivationScan:
             self._layers[layer].add(states, sequence + first, position)
             keep = sequence + first < TOKEN_SEQUENCES
             if layer != EMBEDDING and bool(keep.any()):
-                magnitude, channel = states[keep].abs().max(-1)
+                magnitude, channel = states[keep].abs().nan_to_num(0.0, 0.0, 0.0).max(-1)
                 columns = (sequence[keep] + first, position[keep], magnitude, channel)
                 for s, p, m, c in zip(*(x.tolist() for x in columns), strict=True):
                     self._tokens.append(
@@ -155,6 +168,9 @@ class ActivationScan:
         rows = []
         for layer, statistics in self._layers.items():
             row: dict[str, Any] = {"layer": layer}
+            if not statistics.count:
+                row |= {f"top{rank}": math.nan for rank in range(1, TOP + 1)}
+                statistics.top = []
             for rank, (magnitude, s, p, c, value) in enumerate(statistics.top, start=1):
                 row |= {
                     f"top{rank}": magnitude,
@@ -166,7 +182,7 @@ class ActivationScan:
                 }
             row |= {
                 "median": statistics.median(),
-                "mean": float(statistics.total) / statistics.count,
+                "mean": statistics.mean(),
                 "nonfinite": statistics.nonfinite,
             }
             rows.append(row)
@@ -189,6 +205,14 @@ class ActivationScan:
         places = zip(frame["sequence"], frame["position"], strict=True)
         frame.insert(2, "token", [self._text(s, p) for s, p in places])
         return frame.sort_values(["sequence", "position", "layer"], ignore_index=True)
+
+    def nonfinite(self) -> list[tuple[int, int, str]]:
+        """Layers with NaN or infinite activations: (layer, how many, first such token)."""
+        return [
+            (layer, statistics.nonfinite, self._text(*statistics.first_nonfinite))
+            for layer, statistics in self._layers.items()
+            if statistics.first_nonfinite is not None
+        ]
 
     @property
     def n_tokens(self) -> int:

@@ -96,7 +96,7 @@ def _first_above(
     row = hit.iloc[0]
     return int(row["layer"]), (
         f"top-1 is {row['top1']:.0f}, {row['top1'] / row[base]:.0f} x the {base} of layer "
-        f"{int(row['layer'])}; no earlier layer reaches {ratio:g} x."
+        f"{int(row['layer'])}; no earlier layer meets the rule."
     )
 
 
@@ -155,8 +155,17 @@ def first_outlier_layer(rule: str, layers: pd.DataFrame, **parameters: float) ->
     if unknown:
         raise ValueError(f"rule {rule} has no parameter {', '.join(sorted(unknown))}.")
     settings = {**spec.parameters, **parameters}
-    finite = layers[layers["top1"].notna()]
-    if finite[finite["layer"] >= 0].empty:
-        return Verdict(None, "None found: no layer has finite activations.", settings)
-    layer, reason = spec.apply(finite, **settings)
+    broken = layers[layers["nonfinite"] > 0] if "nonfinite" in layers else layers[:0]
+    if not broken.empty:
+        row = broken.sort_values("layer").iloc[0]
+        return Verdict(
+            None,
+            f"Ill-defined: layer {int(row['layer'])} has {int(row['nonfinite'])} NaN or infinite "
+            "activations (overflow in float16?): scan in bfloat16 or float32.",
+            settings,
+        )
+    usable = layers[(layers["median"] > 0) & (layers["mean"] > 0)]
+    if usable[usable["layer"] >= 0].empty:
+        return Verdict(None, "None found: no layer has finite activations above 0.", settings)
+    layer, reason = spec.apply(usable, **settings)
     return Verdict(layer, reason, settings)

@@ -17,7 +17,7 @@ import typer
 from zo_core import backend
 from zo_core.bench import as_dict, run_bench
 from zo_core.cli import runs as runs_commands
-from zo_core.cli.launch import follow, launch, report
+from zo_core.cli.launch import follow, launch, report, writable
 from zo_core.cli.options import with_job_options
 from zo_core.runs import to_json
 from zo_core.settings import ROOT, settings
@@ -51,12 +51,15 @@ def root(context: typer.Context) -> None:
 @with_job_options("scan")
 def scan(fields: dict[str, Any], csv: Csv = None, json: Json = False) -> None:
     """Find the first outlier layer: activation statistics of every decoder layer."""
+    writable(csv, "--csv", json)
     run = launch(fields, json)
     status = follow(run, json)
     if csv is not None and status.state == "done":
         import pandas as pd
 
-        pd.read_parquet(run.result("layers.parquet")).to_csv(csv, index=False)
+        from zo_core.export import csv_bytes
+
+        csv.write_bytes(csv_bytes(pd.read_parquet(run.result("layers.parquet"))))
     report(run, status, json)
 
 
@@ -64,6 +67,7 @@ def scan(fields: dict[str, Any], csv: Csv = None, json: Json = False) -> None:
 @with_job_options("probe")
 def probe(fields: dict[str, Any], csv: Csv = None, json: Json = False) -> None:
     """Measure how sensitive the loss is to a perturbation of each layer."""
+    writable(csv, "--csv", json)
     run = launch(fields, json)
     status = follow(run, json)
     if csv is not None and status.state == "done":

@@ -10,9 +10,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from zo_core import backend, runs
+from zo_core.errors import UserError
 from zo_core.jobs import JOB, explain
+from zo_core.models.catalog import describe, resolve
 from zo_core.runs import Run, Status, to_json
 from zo_core.settings import settings
+from zo_core.tasks.catalog import TASKS, find_task
 
 FAILED, BAD_INPUT, CANCELLED = 1, 2, 130
 
@@ -27,17 +30,56 @@ def launch(fields: dict[str, Any], as_json: bool, resume: str | None = None) -> 
                     f"--resume keeps the run's own settings: leave out {', '.join(extra)}.", as_json
                 )
             return backend.resume(resume)
-        if fields.get("data_dir") is None and settings().data_dir and "task" in fields:
-            fields["data_dir"] = settings().data_dir
-        if "data_dir" in fields:  # the worker may have another working directory
-            fields["data_dir"] = Path(fields["data_dir"]).expanduser().resolve()
-        if fields.get("model") and Path(fields["model"]).expanduser().is_dir():
-            fields["model"] = str(Path(fields["model"]).expanduser().resolve())
-        return backend.submit(JOB.validate_python(fields))
+        job = JOB.validate_python(_absolute(fields))
+        check(job)
+        return backend.submit(job)
     except ValidationError as error:
         refuse(explain(error), as_json)
-    except (backend.BackendError, runs.RunNotFoundError) as error:
+    except (UserError, runs.RunNotFoundError) as error:
         refuse(str(error), as_json)
+
+
+def _absolute(fields: dict[str, Any]) -> dict[str, Any]:
+    """The same fields with absolute paths: the worker may have another working directory."""
+    fields = dict(fields)
+    task = TASKS.get(fields.get("task", ""))
+    if task is not None and not task.bundled and settings().data_dir:
+        fields.setdefault("data_dir", settings().data_dir)
+    if "data_dir" in fields:
+        fields["data_dir"] = Path(fields["data_dir"]).absolute()
+    if "model" in fields:
+        source, folder = resolve(fields["model"])
+        if source == "local":
+            fields["model"] = str(Path(folder).absolute())
+    return fields
+
+
+def check(job: Any) -> None:
+    """Find what is wrong with a valid spec before a run is made of it.
+
+    Raises:
+        UserError: an unknown task, or a layer that the model does not have.
+    """
+    if hasattr(job, "task"):
+        find_task(job.task)
+    if job.kind == "unload" or resolve(job.model)[0] == "hub":
+        return  # the worker asks the hub
+    layers = list(getattr(job, "layers", None) or [])
+    scope = getattr(job, "scope", "")
+    if scope.startswith("layer:") and scope != "layer:auto":
+        layers.append(int(scope.removeprefix("layer:")))
+    info = describe(job.model, job.revision)
+    for layer in layers:
+        if layer >= info.n_layers:
+            raise UserError(
+                f"Layer {layer} is out of range: {job.model} has layers 0 to {info.n_layers - 1}."
+            )
+
+
+def writable(path: Path | None, option: str, as_json: bool) -> None:
+    """Exit with 2 if a file that an option names could not be written."""
+    if path is not None and not path.absolute().parent.is_dir():
+        refuse(f"{option}: the folder {path.absolute().parent} does not exist.", as_json)
 
 
 def refuse(sentence: str, as_json: bool) -> NoReturn:
@@ -55,7 +97,7 @@ def follow(run: Run, as_json: bool) -> Status:
     if not as_json:
         console.print(f"[dim]run {run.run_id}[/dim]")
     with Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TimeRemainingColumn(),

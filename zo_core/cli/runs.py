@@ -2,14 +2,16 @@
 
 from dataclasses import asdict
 from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.pretty import Pretty
 
 from zo_core import backend, runs
+from zo_core.cli.launch import refuse, writable
 from zo_core.runs import Run, to_json
 
 app = typer.Typer(help="List, show, cancel, export and delete runs.", no_args_is_help=True)
@@ -26,14 +28,30 @@ def _find(run_id: str) -> Run:
         raise typer.Exit(NOT_FOUND) from error
 
 
+UNREADABLE = (OSError, ValueError, TypeError, KeyError)
+"""What reading a run folder raises that a crash, another version or a hand has spoiled."""
+
+
+class Kind(StrEnum):
+    """Kinds of runs that are listed."""
+
+    scan = "scan"
+    probe = "probe"
+    tune = "tune"
+
+
 def _row(run: Run) -> dict[str, Any]:
-    status, job = run.status(), run.job
+    try:
+        status, job = run.status(), run.job
+    except UNREADABLE:
+        return {"run_id": run.run_id, "kind": run.run_id.split("-")[2], "state": "damaged"}
+    text = getattr(job, "text", "task")
     return {
         "run_id": run.run_id,
         "kind": job.kind,
         "state": status.state,
         "model": getattr(job, "model", None),
-        "task": getattr(job, "task", None),
+        "task": getattr(job, "task", None) if text == "task" else text,
         "scope": getattr(job, "scope", None),
         "step": status.step,
         "total": status.total,
@@ -43,11 +61,11 @@ def _row(run: Run) -> dict[str, Any]:
 
 @app.command("list")
 def list_(
-    kind: Annotated[str | None, typer.Option(help="scan, probe or tune")] = None,
+    kind: Annotated[Kind | None, typer.Option(help="only this kind")] = None,
     json: Json = False,
 ) -> None:
     """All runs, newest first."""
-    kinds = ("scan", "probe", "tune") if kind is None else (kind,)
+    kinds = tuple(Kind) if kind is None else (kind,)
     rows = [_row(run) for run in runs.list_runs(kinds)]
     if json:
         typer.echo(to_json({"runs": rows}))
@@ -55,27 +73,31 @@ def list_(
     if not rows:
         typer.echo("No runs yet: `python -m zo_core scan` makes one.")
         return
-    table = Table(*rows[0])
+    # Plain columns: ids stay whole at any width, and in a pipe.
     for row in rows:
-        table.add_row(*("" if v is None else str(v) for v in row.values()))
-    Console().print(table)
+        steps = f"{row['step']}/{row['total']}" if row.get("total") else ""
+        columns = (row["state"], row.get("model"), row.get("task"), row.get("scope"), steps)
+        typer.echo("  ".join([row["run_id"], *(str(c) for c in columns if c)]))
 
 
 @app.command()
 def show(run_id: RunId, json: Json = False) -> None:
     """Everything about one run: spec, status, result."""
     run = _find(run_id)
-    facts = {
-        "run_id": run.run_id,
-        "job": run.job.model_dump(mode="json"),
-        "status": asdict(run.status()),
-        "result": run.result_json(),
-        "path": str(run.path),
-    }
+    try:
+        facts = {
+            "run_id": run.run_id,
+            "job": run.job.model_dump(mode="json"),
+            "status": asdict(run.status()),
+            "result": run.result_json(),
+            "path": str(run.path),
+        }
+    except UNREADABLE as error:
+        refuse(f"The folder {run.path} is damaged ({type(error).__name__}).", json)
     if json:
         typer.echo(to_json(facts))
     else:
-        Console().print(facts)
+        Console().print(Pretty(facts))
 
 
 @app.command()
@@ -91,8 +113,10 @@ def export(
     out: Annotated[Path | None, typer.Option(metavar="PATH", help="default: RUN.zip here")] = None,
 ) -> None:
     """Write the run's folder as a zip archive."""
+    run = _find(run_id)
     target = out or Path(f"{run_id}.zip")
-    target.write_bytes(_find(run_id).zip_bytes())
+    writable(target, "--out", as_json=False)
+    target.write_bytes(run.zip_bytes())
     typer.echo(str(target))
 
 

@@ -16,8 +16,18 @@ from zo_core.errors import UserError
 
 DEMO_PATH = Path(__file__).resolve().parent / "demo"
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+OTHER_WEIGHTS = re.compile(r"consolidated|adapter_")
+EMBEDDING = re.compile(r"(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
+BUFFER = re.compile(r"\.attn\.(masked_)?bias$")
+"""GPT-2's stored causal masks: in the file, but no parameters."""
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+
+
+_NO_MODEL = (
+    "model: no folder {!r} here, and it is no hub id: give demo, an existing folder, or an id such "
+    "as Qwen/Qwen3-8B."
+)
 
 
 class ModelError(UserError):
@@ -58,19 +68,20 @@ def resolve(model: str) -> tuple[Literal["bundled", "local", "hub"], str]:
     """
     if model == "demo":
         return "bundled", str(DEMO_PATH)
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(model).expanduser()
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, or an unknown ~user
+        raise ModelError(_NO_MODEL.format(model[:80])) from error
+    if is_folder:
         if not (folder / "config.json").is_file():
             raise ModelError(f"model: {model} is no model folder: it has no config.json.")
         return "local", str(folder)
-    if folder.exists():
+    if exists:
         raise ModelError(f"model: {model} is a file: give the folder that holds config.json.")
     if HUB_ID.match(model) and not model.startswith((".", "~")):
         return "hub", model
-    raise ModelError(
-        f"model: no folder {model!r} here, and it is no hub id: give demo, an existing folder, "
-        "or an id such as Qwen/Qwen3-8B."
-    )
+    raise ModelError(_NO_MODEL.format(model))
 
 
 def describe(model: str, revision: str | None = None) -> ModelInfo:
@@ -109,7 +120,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _folder_shapes(folder: Path) -> Shapes:
-    files = sorted(folder.glob("*.safetensors"))
+    files = _weight_files(folder)
     if not files:
         pickles = any(folder.glob("*.bin"))
         hint = "only pickle weights (.bin): convert them to safetensors" if pickles else "none"
@@ -118,6 +129,20 @@ def _folder_shapes(folder: Path) -> Shapes:
     for file in files:
         shapes |= _header_shapes(file)
     return shapes
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that ``from_pretrained`` reads: the index's, else the single one, else all."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise ModelError(f"model: {folder} lacks {missing[0]}, which its index names.")
+        return [folder / name for name in names]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    return sorted(f for f in folder.glob("*.safetensors") if not OTHER_WEIGHTS.match(f.name))
 
 
 def _header_shapes(file: Path) -> Shapes:
@@ -132,7 +157,7 @@ def _header_shapes(file: Path) -> Shapes:
             for name, entry in header.items()
             if name != "__metadata__"
         }
-    except (OSError, struct.error, ValueError, KeyError, TypeError) as error:
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"model: {file} is no readable safetensors file: {error}.") from error
 
 
@@ -149,7 +174,7 @@ def _read_hub(
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     cached = try_to_load_from_cache(model, "config.json", revision=revision)
-    if isinstance(cached, str) and any(Path(cached).parent.glob("*.safetensors")):
+    if isinstance(cached, str) and _weight_files(Path(cached).parent):
         folder = Path(cached).parent
         tokenizer_file = folder / "tokenizer_config.json"
         tokenizer = _read_json(tokenizer_file) if tokenizer_file.is_file() else None
@@ -203,19 +228,23 @@ def _summarise(
     shapes: Shapes,
     tokenizer: dict[str, Any] | None,
 ) -> ModelInfo:
-    text = config.get("text_config", config)
+    text = {**config, **config.get("text_config", {})}
+    shapes = {name: entry for name, entry in shapes.items() if not BUFFER.search(name)}
 
     def first(*names: str) -> Any:
-        return next((text[n] for n in names if text.get(n) is not None), None)
+        value = next((text[n] for n in names if text.get(n) is not None), None)
+        return max(value) if isinstance(value, list) else value
 
     layers = _layer_sizes(shapes)
     dtypes: dict[str, int] = defaultdict(int)
     for dtype, shape in shapes.values():
         dtypes[dtype] += prod(shape)
-    stored = max(dtypes, key=lambda d: dtypes[d])
+    stored = max(dtypes, key=lambda d: dtypes[d], default="")
     n_heads = first("num_attention_heads", "n_head", "n_heads")
-    hidden = first("hidden_size", "n_embd", "d_model")
-    vocab = first("vocab_size")
+    table = next((shape for name, (_, shape) in shapes.items() if EMBEDDING.search(name)), None)
+    rows, columns = table or (None, None)
+    hidden = first("hidden_size", "n_embd", "n_embed", "d_model") or columns
+    vocab = first("vocab_size") or rows
     if not layers or hidden is None or vocab is None:
         raise ModelError(
             f"model: {path} does not look like a causal language model: config.json needs "

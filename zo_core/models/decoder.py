@@ -25,12 +25,12 @@ def find_decoder(model: nn.Module) -> Decoder:
     """Find the list of decoder blocks: the outermost ``nn.ModuleList`` with the most parameters.
 
     Raises:
-        UserError: the model has no list of at least two blocks of one class.
+        UserError: the model has no list of blocks.
     """
     lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 1
+        if isinstance(module, nn.ModuleList) and len(module)
     ]
     outermost = [
         (name, module)
@@ -48,10 +48,11 @@ def find_decoder(model: nn.Module) -> Decoder:
 
 def hidden_of(output: object) -> torch.Tensor:
     """The hidden states [rows, tokens, channels] in what a block returned (tensor or tuple)."""
-    hidden = output[0] if isinstance(output, tuple) else output
-    if not isinstance(hidden, torch.Tensor):
+    hidden = output[0] if isinstance(output, tuple | list) else output
+    if not isinstance(hidden, torch.Tensor) or hidden.dim() != 3:
+        shape = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else type(output).__name__
         raise UserError(
-            f"model: a decoder block returned {type(output).__name__} where hidden states were "
-            "expected."
+            f"model: a decoder block returned {shape} where hidden states [rows, tokens, channels] "
+            "were expected: this family cannot be read."
         )
     return hidden

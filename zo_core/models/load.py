@@ -3,9 +3,11 @@
 import contextlib
 import io
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -53,17 +55,13 @@ def pick_device(device: str) -> torch.device:
     """The device a job runs on; ``auto`` prefers a GPU.
 
     Raises:
-        UserError: a GPU was asked for and there is none of that number.
+        UserError: a GPU was asked for and there is none.
     """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    picked = torch.device(device)
-    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"device: {device} is not here ({torch.cuda.device_count()} GPUs seen): choose auto or "
-            "cpu."
-        )
-    return picked
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("device: cuda is not here: choose auto or cpu.")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -79,6 +77,25 @@ def free_memory(device: torch.device) -> int:
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
     return psutil.virtual_memory().available
+
+
+@torch.no_grad()
+def check_causal(name: str, model: nn.Module, device: torch.device) -> None:
+    """Refuse a model whose output depends on tokens to the right, such as an encoder.
+
+    Right padding, and so every analysis here, relies on causal attention.
+
+    Raises:
+        UserError: it does.
+    """
+    tokens = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]], device=device)
+    one, other = model(input_ids=tokens, use_cache=False).logits[:, :3].float()
+    same = torch.allclose(one, other, rtol=1e-2, atol=1e-2)
+    if not same and bool(one.isfinite().all()) and bool(other.isfinite().all()):
+        raise UserError(
+            f"model: {name} sees tokens to the right (an encoder?): ZOScope needs a causal "
+            "language model."
+        )
 
 
 def load(fields: ModelFields) -> LoadedModel:
@@ -102,19 +119,24 @@ def load(fields: ModelFields) -> LoadedModel:
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             tokenizer = AutoTokenizer.from_pretrained(info.path, revision=fields.revision)
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             info.path,
             revision=fields.revision,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
+        model, found = loaded
+        if found["missing_keys"]:
+            raise ValueError(f"its files lack {sorted(found['missing_keys'])[0]}")
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
             raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"model: {fields.model} cannot be loaded: {first}") from error
-    model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
+    model.to(device).eval().requires_grad_(False)
+    check_causal(fields.model, model, device)
     return LoadedModel(
         name=fields.model,
         revision=fields.revision,

@@ -2,7 +2,8 @@
 
 import gc
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from zo_core.models.load import LoadedModel, free_memory, load, pick_device, pic
 HEADROOM = 1.25
 """A model is let in when this multiple of its weights is free: the rest is for its forward pass."""
 
-_models: OrderedDict[tuple[str, str | None, torch.dtype, torch.device], LoadedModel] = OrderedDict()
+_models: OrderedDict[tuple[Hashable, ...], LoadedModel] = OrderedDict()
 
 
 def acquire(fields: ModelFields, say: Callable[[str], None] = lambda _line: None) -> LoadedModel:
@@ -29,7 +30,7 @@ def acquire(fields: ModelFields, say: Callable[[str], None] = lambda _line: None
     """
     device = pick_device(fields.device)
     dtype = pick_dtype(fields.dtype, device)
-    key = (fields.model, fields.revision, dtype, device)
+    key = (fields.model, fields.revision, dtype, device, _version(fields.model))
     if key not in _models:
         say(f"Loading {fields.model}")
         info = catalog.describe(fields.model, fields.revision)
@@ -42,13 +43,6 @@ def acquire(fields: ModelFields, say: Callable[[str], None] = lambda _line: None
         _models[key] = load(fields)
     _models.move_to_end(key)
     return _models[key]
-
-
-def drop(loaded: LoadedModel) -> None:
-    """Forget one model, for example because its weights may have been left changed."""
-    for key in [k for k, v in _models.items() if v is loaded]:
-        del _models[key]
-    _collect()
 
 
 def clear() -> int:
@@ -72,6 +66,15 @@ def describe() -> list[dict[str, Any]]:
         }
         for m in list(_models.values())
     ]
+
+
+def _version(model: str) -> Hashable:
+    """What tells a local model from the one that was in the folder before."""
+    source, folder = catalog.resolve(model)
+    if source == "hub":
+        return None
+    files = sorted(f for f in Path(folder).iterdir() if f.suffix in {".json", ".safetensors"})
+    return tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files)
 
 
 def _collect() -> None:

@@ -5,7 +5,7 @@ in real units, Okabe-Ito lines told apart by dash or marker as well, transparent
 and dark both work), and one accent, vermillion, for the first outlier layer.
 """
 
-from zo_core.plots.probe import METRICS, sensitivity
+from zo_core.plots.probe import METRICS, overlapping, sensitivity
 from zo_core.plots.scan import channel_heatmap, profile, token_heatmap
 from zo_core.plots.style import number, visible
 from zo_core.plots.tune import AXES, CURVE_POINTS, loss_curve, overlay, smooth, thin
@@ -17,6 +17,7 @@ __all__ = [
     "channel_heatmap",
     "loss_curve",
     "number",
+    "overlapping",
     "overlay",
     "profile",
     "sensitivity",

@@ -157,7 +157,7 @@ def _magnitudes(
             zmax=max(high, low + 1e-9),
             colorscale="Cividis",
             hoverinfo="skip",
-            xgap=1 if len(names) <= 80 else 0,
+            xgap=0,
             ygap=1,
             colorbar={
                 "title": {"text": "magnitude<br>(log scale)", "side": "top"},

@@ -66,7 +66,7 @@ def loss_curve(
     loss = steps["loss"].to_numpy(dtype=float)
     hover = f"{AXES[axis]} %{{x:,.6~g}}: loss %{{y:.4f}}<extra></extra>"
     for y, name, line in (
-        (loss, "loss", {"color": "#56B4E9", "width": 1}),
+        (loss, "loss", {"color": "#3A9BD9", "width": 1.2}),
         (smooth(loss, span), f"smoothed (EMA over {span} steps)", {"color": ACCENT, "width": 2.5}),
     ):
         px, py = thin(x, y)
@@ -76,7 +76,7 @@ def loss_curve(
             name=name,
             mode="lines" if len(px) > 1 else "markers",
             line=line,
-            opacity=0.6 if name == "loss" else 1,
+            opacity=0.75 if name == "loss" else 1,
             hovertemplate=hover,
             row=1,
             col=1,
@@ -113,11 +113,28 @@ def loss_curve(
             customdata=evals["step"],
             hovertemplate="step %{customdata}: accuracy %{y:.1f} %<extra></extra>",
         )
-        figure.update_yaxes(title="accuracy (%)", row=2, col=1)
+        figure.update_yaxes(
+            title="accuracy (%)", range=_accuracy_range(evals["accuracy"]), row=2, col=1
+        )
     figure.update_yaxes(title="loss (nats)", row=1, col=1)
     figure.update_xaxes(title=AXES[axis], rangemode="tozero", row=rows, col=1)
+    if axis != "seconds" and len(x) and np.nanmax(x) < 10:  # plotly would put ticks at halves
+        figure.update_xaxes(tickmode="linear", tick0=0, dtick=1)
+    if axis != "seconds":
+        figure.update_xaxes(tickformat=",d")
     figure.update_layout(uirevision=uirevision)
     return finish(figure, 520)
+
+
+def _accuracy_range(accuracy: pd.Series) -> list[float]:
+    """Limits in percent that do not turn a few rows of difference into a cliff."""
+    percent = 100 * accuracy.to_numpy(dtype=float)
+    percent = percent[np.isfinite(percent)]
+    if not len(percent):
+        return [0.0, 100.0]
+    low, high = float(percent.min()), float(percent.max())
+    room = max(0.15 * (high - low), (20 - (high - low)) / 2)
+    return [max(0.0, low - room), min(100.0, high + room)]
 
 
 def overlay(curves: Mapping[str, pd.DataFrame], axis: str = "step", span: int = 50) -> go.Figure:

@@ -1,10 +1,12 @@
 """Probe: perturbation sensitivity layer by layer; tables grow while it runs."""
 
+import math
 import time
 
 import pandas as pd
 
 from zo_core.analysis.sensitivity import ProbeSettings, probe_layer, summarise
+from zo_core.errors import UserError
 from zo_core.jobs import ProbeJob
 from zo_core.models import resident
 from zo_core.models.catalog import describe
@@ -31,6 +33,8 @@ def run_probe(job: ProbeJob, run: Run, context: JobContext) -> None:
     forward = FastForward(loaded)
     prepared = forward.prepare(examples)
     base_loss = float(task_loss(forward.logits(prepared), prepared.scored))
+    if not math.isfinite(base_loss):
+        raise UserError("The loss of the unperturbed model is not finite: use bfloat16 or float32.")
 
     began = time.perf_counter()
     total, done = len(layers) * job.draws, 0
@@ -48,7 +52,8 @@ def run_probe(job: ProbeJob, run: Run, context: JobContext) -> None:
         tables.append(probe_layer(loaded, layer, examples, settings, tick))
         _write_tables(run, pd.concat(tables, ignore_index=True))
     summary = summarise(pd.concat(tables, ignore_index=True))
-    strength = summary[summary["metric"] == "abs_projected_gradient"]
+    strength = summary[summary["metric"] == "abs_projected_gradient"].dropna(subset="mean")
+    strongest = None if strength.empty else int(strength["layer"].iloc[strength["mean"].argmax()])
     facts = {"run_id": run.run_id, "job": job.model_dump(), "base_loss": base_loss}
     run.write_result("provenance.json", to_json(facts | provenance(loaded)))
     run.write_result(
@@ -62,7 +67,7 @@ def run_probe(job: ProbeJob, run: Run, context: JobContext) -> None:
                 "draws": job.draws,
                 "eps": job.eps,
                 "base_loss": base_loss,
-                "most_sensitive_layer": int(strength["layer"].iloc[strength["mean"].argmax()]),
+                "most_sensitive_layer": strongest,
                 "seconds": round(time.perf_counter() - began, 3),
             }
         ),

@@ -33,12 +33,16 @@ def run_scan(job: ScanJob, run: Run, context: JobContext) -> None:
     run.write_result("summary.json", to_json(summary))
     for name, verdict in verdicts.items():
         context.log(f"{name}: {verdict.reason}")
-    for row in layers[layers["nonfinite"] > 0].itertuples():
-        context.log(f"layer {row.layer} has {row.nonfinite} NaN or infinite activations")
+    for layer, count, token in scan.nonfinite():
+        context.log(f"layer {layer} has {count} NaN or infinite activations, first at {token!r}")
 
 
 def scan_texts(
-    loaded: LoadedModel, job: ScanJob, texts: list[str], context: JobContext
+    loaded: LoadedModel,
+    job: ScanJob,
+    texts: list[str],
+    context: JobContext,
+    show_progress: bool = True,
 ) -> ActivationScan:
     """Run texts through the model under the job's settings."""
     longest = min(job.max_tokens, loaded.context)
@@ -48,7 +52,8 @@ def scan_texts(
     scan = ActivationScan(loaded)
 
     def tick(done: int) -> None:
-        context.progress(done, len(sequences), f"{done} of {len(sequences)} texts")
+        if show_progress:
+            context.progress(done, len(sequences), f"{done} of {len(sequences)} texts")
         context.check_cancelled()
 
     context.check_cancelled()
@@ -59,7 +64,7 @@ def scan_texts(
 def find_first_outlier_layer(loaded: LoadedModel, rule: str, context: JobContext) -> Verdict:
     """What a rule says of a loaded model, on a short scan: eight passages of 128 tokens."""
     job = ScanJob(model=loaded.name, sequences=8, max_tokens=128)
-    scan = scan_texts(loaded, job, texts_of(job), context)
+    scan = scan_texts(loaded, job, texts_of(job), context, show_progress=False)
     return first_outlier_layer(rule, scan.layers())
 
 
@@ -84,6 +89,7 @@ def _summary(
         "first_outlier_layer": {name: v.layer for name, v in verdicts.items()},
         "verdicts": {n: {"layer": v.layer, "reason": v.reason} for n, v in verdicts.items()},
         "bos": {"setting": job.bos, "token": loaded.tokenizer.bos_token},
+        "nonfinite": blocks["nonfinite"].tolist(),
         "text": job.text,
         "n_sequences": scan.n_sequences,
         "n_tokens": scan.n_tokens,

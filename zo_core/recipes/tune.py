@@ -1,6 +1,11 @@
 """Tune: zeroth-order fine-tuning of a scope, with evaluation before and after, and resume."""
 
+import hashlib
+import math
+from collections.abc import Iterable
 from typing import Any
+
+import torch
 
 from zo_core.errors import UserError
 from zo_core.jobs import TuneJob
@@ -12,10 +17,10 @@ from zo_core.provenance import provenance
 from zo_core.recipes.scan import find_first_outlier_layer
 from zo_core.runs import Run, to_json
 from zo_core.tasks.data import TaskData, load_task
-from zo_core.tasks.scoring import evaluate
+from zo_core.tasks.scoring import evaluate, task_loss
 from zo_core.tasks.templates import Example, encode
 from zo_core.zo.checkpoint import restore_run, save_checkpoint
-from zo_core.zo.forward import FastForward, Forward, ReferenceForward
+from zo_core.zo.forward import CHUNK, FastForward, Forward, ReferenceForward
 from zo_core.zo.scope import TunedScope, check_layer, scope_parameters
 from zo_core.zo.trainer import LossNotFiniteError, Progress, train
 
@@ -30,9 +35,9 @@ def run_tune(job: TuneJob, run: Run, context: JobContext) -> None:
     if layer is None and job.scope == AUTO:
         layer = _dominant_layer(job, loaded, context)
     training, validation = _encode(data, loaded, context)
-    forward, reason = _choose_path(job, loaded, layer)
-    for examples in (training, validation):
-        if isinstance(forward, FastForward):
+    forward, reason = _choose_path(job, loaded, layer, training[:2])
+    if isinstance(forward, FastForward):
+        for examples in (training, validation):
             forward.register(examples)
     scope = TunedScope(scope_parameters(loaded, layer))
     context.detail(
@@ -43,7 +48,13 @@ def run_tune(job: TuneJob, run: Run, context: JobContext) -> None:
         tuned_parameters=scope.size,
     )
     try:
-        records = restore_run(run, job, scope)
+        _same_as_before(run, context, _fingerprint(loaded, scope, training, validation))
+
+        def replayed(step: int) -> None:
+            context.progress(step, job.steps, f"replaying step {step}")
+            context.check_cancelled()
+
+        records = restore_run(run, job, scope, replayed)
         progress = _progress_of(records)
         if progress.step:
             context.log(f"Resuming after step {progress.step}")
@@ -58,7 +69,7 @@ def run_tune(job: TuneJob, run: Run, context: JobContext) -> None:
                 context.progress(step, job.steps, message)
                 context.check_cancelled()
 
-            result = evaluate(forward, validation, tick=tick)
+            result = evaluate(forward, validation, min(CHUNK, job.batch_size), tick)
             record = {"kind": "eval", "step": step, "split": "validation", **result}
             run.append_metrics(record)
             evaluations[step] = record
@@ -86,12 +97,12 @@ def run_tune(job: TuneJob, run: Run, context: JobContext) -> None:
         try:
             train(job, forward, scope, training, progress, on_step)
         except LossNotFiniteError:
-            run.append_metrics({"kind": "stopped", "step": progress.step + 1, "loss": None})
-            raise
-        finally:
+            raise  # the weights have run away: the checkpoint before is the better one
+        except BaseException:
+            scope.restore()
             if progress.step:
-                scope.restore()
                 save_checkpoint(run, job, scope, progress.step)
+            raise
     finally:
         scope.close()
 
@@ -175,12 +186,66 @@ def _encode(
     return splits[0], splits[1]
 
 
-def _choose_path(job: TuneJob, loaded: LoadedModel, layer: int | None) -> tuple[Forward, str]:
+def _choose_path(
+    job: TuneJob, loaded: LoadedModel, layer: int | None, examples: list[Example]
+) -> tuple[Forward, str]:
+    """The forward path, and why. ``auto`` takes the fast one if it agrees with the reference."""
     if job.path == "reference":
         return ReferenceForward(loaded), "asked for"
+    fast = FastForward(loaded, layer or 0, chunk=min(CHUNK, job.batch_size))
     if layer is None:
-        return FastForward(loaded), "full scope: no frozen prefix to cache"
-    return FastForward(loaded, layer), f"layers below {layer} are frozen and cached"
+        reason = "full scope: no frozen prefix to cache"
+    else:
+        reason = f"layers below {layer} are frozen and cached"
+    if job.path == "fast":
+        return fast, reason
+    losses = []
+    for path in (fast, ReferenceForward(loaded)):
+        prepared = path.prepare(examples)
+        losses.append(float(task_loss(path.logits(prepared), prepared.scored)))
+    tolerance = 1e-4 if loaded.dtype == torch.float32 else 5e-2
+    if not math.isclose(*losses, rel_tol=tolerance, abs_tol=tolerance):
+        return ReferenceForward(loaded), (
+            f"the fast path disagrees on this family ({losses[0]:.5f}, reference {losses[1]:.5f})"
+        )
+    return fast, reason
+
+
+def _fingerprint(
+    loaded: LoadedModel, scope: TunedScope, training: list[Example], validation: list[Example]
+) -> dict[str, str]:
+    """What a resumed run must find as it was, by the name it is called in the sentence."""
+
+    def digest(parts: Iterable[object]) -> str:
+        text = "\n".join(map(str, parts))
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    sums = (m.double().sum().item() for m in scope.master.values())
+    return {
+        "training rows": digest((e.label, e.rows) for e in training),
+        "validation rows": digest((e.label, e.rows) for e in validation),
+        "dtype": loaded.dtype_name,
+        "kind of device": loaded.device.type,
+        "base weights": digest(f"{s:.6e}" for s in sums),
+    }
+
+
+def _same_as_before(run: Run, context: JobContext, now: dict[str, str]) -> None:
+    """Keep the fingerprint of a new run; hold a resumed one against its own.
+
+    Raises:
+        UserError: something differs, so that going on would not be the same run.
+    """
+    before = run.status().details.get("fingerprint")
+    if before is None:
+        context.detail(fingerprint=now)
+        return
+    changed = [name for name in now if before.get(name) != now[name]]
+    if changed:
+        raise UserError(
+            f"The {' and the '.join(changed)} differ from those this run began with: restore them "
+            "to resume it, or start a new run."
+        )
 
 
 def _progress_of(records: list[dict[str, Any]]) -> Progress:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from zo_core.errors import UserError
+
 SAMPLES = Path(__file__).resolve().parent / "samples"
 
 
@@ -52,3 +54,14 @@ TASKS: dict[str, TaskInfo] = {
         ),
     )
 }
+
+
+def find_task(name: str) -> TaskInfo:
+    """The task of that name.
+
+    Raises:
+        UserError: it is unknown; the sentence lists the choices.
+    """
+    if name not in TASKS:
+        raise UserError(f"task: {name!r} is unknown: choose one of {', '.join(TASKS)}.")
+    return TASKS[name]

@@ -1,13 +1,18 @@
 """Rows of a task: bundled, from a local folder, or from the hub through ``datasets``."""
 
+import gzip
+import json
 import random
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyarrow import parquet
+
 from zo_core.errors import UserError
 from zo_core.settings import settings
-from zo_core.tasks.catalog import SAMPLES, TASKS, TaskInfo
+from zo_core.tasks.catalog import SAMPLES, TaskInfo, find_task
 
 SPLITS = ("train", "validation")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
@@ -21,17 +26,6 @@ class TaskData:
     train: list[dict[str, Any]]
     validation: list[dict[str, Any]]
     source: str
-
-
-def find_task(name: str) -> TaskInfo:
-    """The task of that name.
-
-    Raises:
-        UserError: it is unknown; the sentence lists the choices.
-    """
-    if name not in TASKS:
-        raise UserError(f"task: {name!r} is unknown: choose one of {', '.join(TASKS)}.")
-    return TASKS[name]
 
 
 def load_task(
@@ -86,16 +80,17 @@ def _split_file(root: Path, split: str, given: Path) -> Path:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    import pandas as pd  # here, so that a worker without a task job does not pay for it
-
     try:
         if path.suffix == ".parquet":
-            frame = pd.read_parquet(path)
-        else:
-            frame = pd.read_json(path, lines=True, compression="infer", dtype=False)
-    except (ValueError, OSError, EOFError, UnicodeDecodeError) as error:
+            return parquet.read_table(path).to_pylist()
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (ValueError, OSError, EOFError, zlib.error) as error:
         raise UserError(f"data_dir: {path} cannot be read: {error}.") from error
-    return frame.to_dict("records")  # type: ignore[return-value]
+    if not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"data_dir: every line of {path} must be a JSON object.")
+    return rows
 
 
 def _from_hub(task: TaskInfo) -> dict[str, list[dict[str, Any]]]:

@@ -59,12 +59,10 @@ def encode(
         UserError: a candidate has no token of its own.
     """
     prompt = task.prompt.format(**{name: str(row[name]) for name in task.fields})
-    prefix = tokenizer(prompt)["input_ids"]
+    prefix = _without_ending(tokenizer(prompt)["input_ids"], tokenizer)
     candidates = []
     for word in task.candidates:
-        tokens = tokenizer(f"{prompt} {word}")["input_ids"]
-        if tokens and tokens[-1] == tokenizer.eos_token_id:
-            tokens = tokens[:-1]
+        tokens = _without_ending(tokenizer(f"{prompt} {word}")["input_ids"], tokenizer)
         start = 0
         for a, b in zip(prefix, tokens, strict=False):
             if a != b:
@@ -78,7 +76,8 @@ def encode(
         candidates.append((tokens, start))
     longest = max(len(tokens) for tokens, _ in candidates)
     excess = max(0, longest - context)
-    bos = int(tokenizer.bos_token_id is not None and prefix[0] == tokenizer.bos_token_id)
+    openings = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
+    bos = int(prefix[0] in openings)
     return Example(
         candidates=tuple(
             Candidate(tuple(tokens[:bos] + tokens[bos + excess :]), start - excess)
@@ -87,3 +86,9 @@ def encode(
         label=int(row[task.label_field]),
         truncated=excess > 0,
     )
+
+
+def _without_ending(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens without the EOS or SEP that some tokenizers close a text with."""
+    special = {tokenizer.eos_token_id, tokenizer.sep_token_id}
+    return tokens[:-1] if tokens and tokens[-1] in special - {None} else tokens

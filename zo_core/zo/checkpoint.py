@@ -1,14 +1,17 @@
 """Tuned tensors on disk, and the way back to a run's last step."""
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import safetensors
-from safetensors.torch import load_file, save
+import torch
+from safetensors.torch import load_file, save_file
 
 from zo_core.errors import UserError
 from zo_core.jobs import TuneJob
-from zo_core.runs import Run, replace_file
+from zo_core.runs import Run
 from zo_core.zo.scope import TunedScope
 from zo_core.zo.trainer import replay
 
@@ -19,11 +22,27 @@ def save_checkpoint(run: Run, job: TuneJob, scope: TunedScope, step: int) -> Non
     """Write the master (fp32, by parameter name), replacing the checkpoint before it."""
     metadata = {"step": str(step), "model": job.model, "scope": job.scope, "seed": str(job.seed)}
     tensors = {name: tensor.cpu() for name, tensor in scope.master.items()}
-    replace_file(run.path / NAME, save(tensors, metadata=metadata))
+    temporary = run.path / f".{NAME}"
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        os.replace(temporary, run.path / NAME)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def restore_run(run: Run, job: TuneJob, scope: TunedScope) -> list[dict[str, Any]]:
+def restore_run(
+    run: Run,
+    job: TuneJob,
+    scope: TunedScope,
+    tick: Callable[[int], None] = lambda _step: None,
+) -> list[dict[str, Any]]:
     """Bring a scope to the last step of the run's ledger, and drop what was half written.
+
+    Args:
+        run: the run.
+        job: its spec.
+        scope: holds the base weights.
+        tick: called with every replayed step; may raise to stop.
 
     Returns:
         The metric records that hold, in order; empty for a new run.
@@ -38,14 +57,22 @@ def restore_run(run: Run, job: TuneJob, scope: TunedScope) -> list[dict[str, Any
     steps = [r for r in records if r["kind"] == "step"]
     if [r["step"] for r in steps] != list(range(1, len(steps) + 1)):
         raise UserError(f"The ledger of {run.run_id} has a gap: it cannot be resumed.")
-    saved = 0
-    checkpoint = run.path / NAME
-    if checkpoint.exists():
-        with safetensors.safe_open(checkpoint, framework="pt") as file:
-            saved = int(file.metadata()["step"])
-        if saved <= len(steps):
-            scope.load(load_file(checkpoint))
-        else:  # the ledger lost its end: replay from the base weights instead
-            saved = 0
-    replay(job, scope, steps[saved:])
+    saved, tensors = _read_checkpoint(run.path / NAME)
+    if 0 < saved <= len(steps):
+        scope.load(tensors)
+    else:  # none, unreadable, or of a ledger that lost its end: the base weights and the ledger do
+        saved = 0
+    for record in steps[saved:]:
+        replay(job, scope, [record])
+        tick(record["step"])
     return records
+
+
+def _read_checkpoint(path: Path) -> tuple[int, dict[str, torch.Tensor]]:
+    """Step and tensors of a checkpoint; step 0 if there is none that can be read."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            step = int(file.metadata()["step"])
+        return step, load_file(path)
+    except (safetensors.SafetensorError, OSError, TypeError, KeyError, ValueError):
+        return 0, {}

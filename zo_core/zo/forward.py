@@ -107,7 +107,9 @@ class FastForward:
 
     name = "fast"
 
-    def __init__(self, loaded: LoadedModel, layer: int = 0, budget: int | None = None) -> None:
+    def __init__(
+        self, loaded: LoadedModel, layer: int = 0, budget: int | None = None, chunk: int = CHUNK
+    ) -> None:
         """Wrap a loaded model.
 
         Args:
@@ -115,13 +117,16 @@ class FastForward:
             layer: the lowest tuned layer (0-based); the blocks below it are run once per example.
                 0 runs the whole model each time.
             budget: bytes the cache may take; None: 512 MiB on a CPU, a fifth of a GPU.
+            chunk: examples whose prefix is computed together.
         """
         self._loaded = loaded
         self._layer = layer
+        self._chunk = chunk
         self._budget = _default_budget(loaded.device) if budget is None else budget
         self._chunks: dict[int, tuple[Example, ...]] = {}
         self._cache: dict[int, list[torch.Tensor]] = {}
-        self._blocks_return_tuples = False
+        self._returned = 0
+        """How many values a block returns in a tuple; 0 if it returns the hidden states alone."""
 
     def register(self, examples: Sequence[Example]) -> None:
         """Announce a data set whose prefixes are to be cached, if they fit the budget.
@@ -136,7 +141,7 @@ class FastForward:
         if need > self._budget:
             return
         self._budget -= need
-        for chunk in batches(len(examples), CHUNK):
+        for chunk in batches(len(examples), self._chunk):
             members = tuple(examples[i] for i in chunk)
             self._chunks.update({id(e): members for e in members})
 
@@ -191,7 +196,7 @@ class FastForward:
         blocks = self._loaded.decoder.blocks
 
         def see(_module: nn.Module, _args: Any, output: object) -> None:
-            self._blocks_return_tuples = isinstance(output, tuple)
+            self._returned = len(output) if isinstance(output, tuple | list) else 0
 
         def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             raise _Reached(args[0] if args else kwargs["hidden_states"])
@@ -224,7 +229,7 @@ class FastForward:
                 return (hidden, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": hidden}
 
-        skip = partial(_skip, as_tuple=self._blocks_return_tuples)
+        skip = partial(_skip, returned=self._returned)
         for block in blocks[: self._layer]:
             block.forward = skip
         handle = blocks[self._layer].register_forward_pre_hook(enter, with_kwargs=True)
@@ -244,9 +249,9 @@ class _Reached(Exception):  # noqa: N818 - a signal, not an error
         self.hidden = hidden
 
 
-def _skip(hidden_states: torch.Tensor, *_args: Any, as_tuple: bool, **_kwargs: Any) -> object:
+def _skip(hidden_states: torch.Tensor, *_args: Any, returned: int, **_kwargs: Any) -> object:
     """Stand-in for a frozen block's forward."""
-    return (hidden_states,) if as_tuple else hidden_states
+    return (hidden_states, *[None] * (returned - 1)) if returned else hidden_states
 
 
 def _default_budget(device: torch.device) -> int:

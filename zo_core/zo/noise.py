@@ -115,4 +115,4 @@ def perturbation(
         stop = min(start + chunk, counters)
         words = philox(stream, torch.arange(start, stop, device=device))
         out[start * width : stop * width] = transform(words)
-    return out[:values].view(*shape)
+    return out[:values].view(tuple(shape))

@@ -22,6 +22,8 @@ from zo_core.zo.noise import perturbation
 NO_DECAY = re.compile(r"bias|norm|ln_", re.IGNORECASE)
 """Parameters that weight decay leaves alone: biases and every kind of norm."""
 
+TUNABLE = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def check_layer(layer: int, count: int, model: str) -> int:
     """The layer, if a model of ``count`` layers has it.
@@ -35,11 +37,24 @@ def check_layer(layer: int, count: int, model: str) -> int:
 
 
 def scope_parameters(loaded: LoadedModel, layer: int | None) -> dict[str, torch.Tensor]:
-    """Name -> working weight of a scope: one decoder layer, or the full model for None."""
-    if layer is None:
-        return dict(loaded.model.named_parameters())
-    prefix = f"{loaded.decoder.prefix}.{check_layer(layer, len(loaded.decoder), loaded.name)}."
-    return {n: p for n, p in loaded.model.named_parameters() if n.startswith(prefix)}
+    """Name -> working weight of a scope: one decoder layer, or the full model for None.
+
+    Raises:
+        UserError: there is no such layer, or its weights are quantised.
+    """
+    prefix = ""
+    if layer is not None:
+        prefix = f"{loaded.decoder.prefix}.{check_layer(layer, len(loaded.decoder), loaded.name)}."
+    chosen: dict[str, torch.Tensor] = {
+        n: p for n, p in loaded.model.named_parameters() if n.startswith(prefix)
+    }
+    for name, parameter in chosen.items():
+        if parameter.dtype not in TUNABLE:
+            raise UserError(
+                f"scope: {name} is stored as {str(parameter.dtype).removeprefix('torch.')}: only "
+                "float32, bfloat16 and float16 weights can be perturbed."
+            )
+    return chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +77,9 @@ class TunedScope:
             parameters: name -> working weight, changed in place from now on.
         """
         self.parameters = parameters
-        self.master = {n: p.detach().to(torch.float32, copy=True) for n, p in parameters.items()}
+        self.master = {
+            n: p.detach().to(torch.float32, copy=True).contiguous() for n, p in parameters.items()
+        }
         self._base = {n: p.detach().clone() for n, p in parameters.items()}
         self.size = sum(p.numel() for p in parameters.values())
         self._keep_noise = self.size <= NOISE_BOUND

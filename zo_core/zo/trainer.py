@@ -96,11 +96,11 @@ def train(
         prepared = forward.prepare([examples[i] for i in indices])
         draw = Draw(job.noise, job.seed, step)
         g, loss_plus, loss_minus = projected_gradient(forward, prepared, scope, draw, job.eps)
-        if not (math.isfinite(loss_plus) and math.isfinite(loss_minus)):
+        if not all(map(math.isfinite, (loss_plus, loss_minus, g))):
             scope.restore()
             raise LossNotFiniteError(
                 f"The loss is not finite at step {step} (+: {loss_plus}, -: {loss_minus}): lower "
-                f"lr or eps. The weights of step {step - 1} are kept."
+                f"lr or eps. The last checkpoint is kept, and the ledger up to step {step - 1}."
             )
         scope.update(draw, g, lr, job.weight_decay)
         progress.step = step
