@@ -335,7 +335,7 @@ def show(entry: history.Entry) -> None:
 begin(
     "Outliers",
     "A scan records the largest activations after every decoder layer. The Dominant-Layer paper "
-    "suggests tuning the layer where massive activations first appear first.",
+    "suggests starting fine-tuning with the layer where massive activations first appear.",
 )
 choice = current()
 line(choice)

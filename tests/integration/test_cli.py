@@ -170,12 +170,16 @@ def test_equivalent_command_makes_the_same_job(cli: CommandLine) -> None:
 
 
 BAD_INPUT = [
-    (("tune", "--eps", 0), "eps is '0': input should be greater than 0"),
+    (("tune", "--scope", "layer:99"), "has layers 0 to 15"),
+    (("probe", "--layers", "2,16"), "has layers 0 to 15"),
+    (("scan", "--model", "/nowhere/at/all"), "no folder '/nowhere/at/all' here"),
+    (("tune", "--task", "sst3"), "'sst3' is unknown: choose one of reviews, sst2"),
+    (("tune", "--eps", 0), "eps is '0': input should be greater than or equal to 0.00000001"),
     (("tune", "--steps", -1), "steps is '-1': input should be greater than or equal to 1"),
     (("tune", "--scope", "layer:x"), "choose full, layer:auto or layer:<k>"),
     (("probe", "--layers", "1,b"), "layers is 'b': input should be a valid integer"),
     (("scan", "--text", "prompt"), "prompt is empty"),
-    (("scan", "--model", " "), "give demo, a hub id such as gpt2, or a folder"),
+    (("scan", "--model", " "), "give demo, an existing folder, or an id such as"),
     (("tune", "--resume", "20250101-000000-tune-abcdef"), "No run '20250101-000000-tune-abcdef'"),
     (("tune", "--resume", "../x"), "No run '../x'"),
     (
@@ -211,10 +215,6 @@ def test_unknown_option_and_command_exit_with_2(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("tune", "--scope", "layer:99"), "has layers 0 to 15"),
-        (("probe", "--layers", "2,16"), "has layers 0 to 15"),
-        (("scan", "--model", "/nowhere/at/all"), "no folder '/nowhere/at/all' here"),
-        (("tune", "--task", "sst3"), "'sst3' is unknown: choose one of reviews, sst2"),
         (("scan", "--bos", "add"), "this tokenizer has no BOS token"),
         (("scan", "--text", "prompt", "--prompt", "Hi"), "give at least 4"),
         (("tune", "--task", "sst2", "--data-dir", "/nowhere"), "/nowhere has no sst2/train.jsonl"),

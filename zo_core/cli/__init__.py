@@ -134,4 +134,8 @@ def web_app(
 
 def main() -> None:
     """Entry point."""
-    app(prog_name="python -m zo_core")
+    try:
+        app(prog_name="python -m zo_core")
+    finally:
+        # Now, not at exit: Dask's callbacks need threads that the interpreter no longer starts then.
+        backend.shutdown()
