@@ -287,8 +287,9 @@ def _spawn() -> subprocess.Popen[bytes]:
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     environment["ZO_CACHE_DIR"] = str(settings().cache_dir.resolve())
     environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    # Threads that spin while they wait make a shared machine several times slower for everyone.
-    environment.setdefault("OMP_WAIT_POLICY", "passive")
+    # libgomp's threads spin for milliseconds while they wait, which on a shared machine makes all
+    # of its users several times slower; this short spin costs nothing measurable on an idle one.
+    environment.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "engine.log"

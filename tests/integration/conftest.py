@@ -34,14 +34,10 @@ class Answer:
         assert isinstance(value, dict)
         return value
 
-    def ended(self, code: int) -> "Answer":
-        """This answer, if it has the exit code."""
-        assert self.code == code, (self.code, self.out[-2000:], self.err[-4000:])
-        return self
-
     def expect(self, code: int) -> "Answer":
-        """This answer, if it has the exit code and shows no traceback."""
-        assert "Traceback" not in self.ended(code).out + self.err, self.err[-4000:]
+        """This answer, if it has the exit code; no command ever shows a traceback."""
+        assert self.code == code, (self.code, self.out[-2000:], self.err[-4000:])
+        assert "Traceback" not in self.out + self.err, self.err[-4000:]
         return self
 
 

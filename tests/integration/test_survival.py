@@ -1,6 +1,8 @@
 """A tuning run that is stopped in any way and resumed ends with the bits of one that never was."""
 
 import os
+import secrets
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -89,20 +91,18 @@ def kill_worker(run: Run) -> int:
     return process.pid
 
 
-def stop(
-    cli: CommandLine, arguments: tuple[object, ...], when: Callable[[Run], bool]
-) -> tuple[Run, Answer]:
-    """A run whose worker is killed at the given moment, and what its command said."""
+def stop(cli: CommandLine, arguments: tuple[object, ...], when: Callable[[Run], bool]) -> Run:
+    """A run whose worker is killed at the given moment."""
     command, run = start(cli, *arguments)
     until(lambda: when(run) or not run.status().live, 120)
     assert run.status().live, (run.status(), run.log_text())
     kill_worker(run)
-    answer = cli.end(command).ended(1)
+    answer = cli.end(command).expect(1)
     assert answer.json["state"] == run.status().state == "interrupted"
     assert answer.json["run_id"] == run.run_id
     if run.status().step:
         assert f"tune --resume {run.run_id}" in answer.err
-    return run, answer
+    return run
 
 
 def resume(cli: CommandLine, run: Run) -> Answer:
@@ -124,7 +124,7 @@ def test_same_spec_gives_the_same_bits(cli: CommandLine, uninterrupted: Run) -> 
 
 
 def test_killed_after_a_checkpoint(cli: CommandLine, uninterrupted: Run) -> None:
-    run, _ = stop(cli, SPEC, has_steps(CHECKPOINT_EVERY + 3))
+    run = stop(cli, SPEC, has_steps(CHECKPOINT_EVERY + 3))
     assert len(steps_of(run)) < STEPS
     with safe_open(run.path / CHECKPOINT, "pt") as file:
         assert int(file.metadata()["step"]) % CHECKPOINT_EVERY == 0, "no more than it had saved"
@@ -133,7 +133,7 @@ def test_killed_after_a_checkpoint(cli: CommandLine, uninterrupted: Run) -> None
 
 
 def test_killed_before_the_first_checkpoint(cli: CommandLine, uninterrupted: Run) -> None:
-    run, _ = stop(cli, SPEC, has_steps(2))
+    run = stop(cli, SPEC, has_steps(2))
     assert steps_of(run)
     assert not (run.path / CHECKPOINT).exists()
     resume(cli, run)
@@ -142,59 +142,87 @@ def test_killed_before_the_first_checkpoint(cli: CommandLine, uninterrupted: Run
 
 
 def test_killed_before_the_first_step_and_again_later(cli: CommandLine, uninterrupted: Run) -> None:
-    run, _ = stop(cli, SPEC, has_begun)
+    run = stop(cli, SPEC, has_begun)
     assert not steps_of(run)
     command = cli.start("tune", "--resume", run.run_id, "--json")
     until(lambda: has_steps(10)(run) or command.poll() is not None, 120)
     kill_worker(run)
-    cli.end(command).ended(1)
+    cli.end(command).expect(1)
     resume(cli, run)
     assert_same_outcome(run, uninterrupted)
 
 
-def test_cancelled_and_resumed(cli: CommandLine, uninterrupted: Run) -> None:
-    command, run = start(cli, *SPEC)
-    until(lambda: has_steps(5)(run) or not run.status().live, 120)
-    cli("runs", "cancel", run.run_id).expect(0)
-    answer = cli.end(command).expect(130)
-    assert answer.json["state"] == "cancelled"
-    stopped_at = len(steps_of(run))
-    assert 5 <= stopped_at < STEPS
-    with safe_open(run.path / CHECKPOINT, "pt") as file:
-        assert int(file.metadata()["step"]) == stopped_at, "a cancel saves where it stopped"
-    resume(cli, run)
-    assert_same_outcome(run, uninterrupted)
-    assert "is done" in cli("tune", "--resume", run.run_id, "--json").expect(2).json["error"]
-
-
-@pytest.mark.xfail(reason="Dask's callbacks meet the interpreter's shutdown", strict=False)
-def test_killed_worker_is_a_sentence_and_no_traceback(cli: CommandLine) -> None:
-    _, answer = stop(cli, (*SPEC, "--steps", 10_000), has_steps(1))
-    answer.expect(1)
-
-
-@pytest.mark.parametrize("damage", ["torn line", "lost checkpoint", "ledger behind checkpoint"])
-def test_files_that_a_crash_left_behind(cli: CommandLine, uninterrupted: Run, damage: str) -> None:
-    """What the disk may hold after a power cut: the ledger and the checkpoint, out of step."""
+@pytest.fixture(scope="module")
+def cancelled(cli: CommandLine) -> Run:
+    """A run that was cancelled some steps after its first checkpoint."""
     command, run = start(cli, *SPEC)
     until(lambda: has_steps(CHECKPOINT_EVERY + 2)(run) or not run.status().live, 120)
     cli("runs", "cancel", run.run_id).expect(0)
-    cli.end(command).expect(130)
+    answer = cli.end(command).expect(130)
+    assert answer.json["state"] == run.status().state == "cancelled"
+    return run
+
+
+@pytest.fixture
+def copied(cancelled: Run) -> Run:
+    """The cancelled run again, under an id of its own, as if it came back from a backup."""
+    run_id = f"{cancelled.run_id[:-6]}{secrets.token_hex(3)}"
+    return Run(Path(shutil.copytree(cancelled.path, cancelled.path.with_name(run_id))))
+
+
+def test_cancelled_and_resumed(cli: CommandLine, uninterrupted: Run, copied: Run) -> None:
+    stopped_at = len(steps_of(copied))
+    assert CHECKPOINT_EVERY < stopped_at < STEPS
+    with safe_open(copied.path / CHECKPOINT, "pt") as file:
+        assert int(file.metadata()["step"]) == stopped_at, "a cancel saves where it stopped"
+    resume(cli, copied)
+    assert_same_outcome(copied, uninterrupted)
+    assert "is done" in cli("tune", "--resume", copied.run_id, "--json").expect(2).json["error"]
+
+
+def tear_ledger(run: Run) -> None:
+    """A line half written: the checkpoint is of a step that the ledger no longer has."""
     ledger = run.path / "metrics.jsonl"
-    if damage == "torn line":
-        ledger.write_bytes(ledger.read_bytes()[:-9])
-    elif damage == "lost checkpoint":
-        (run.path / CHECKPOINT).unlink()
-    else:
-        lines = ledger.read_bytes().splitlines(keepends=True)
-        ledger.write_bytes(b"".join(lines[:9]))
-    resume(cli, run)
-    assert_same_outcome(run, uninterrupted)
+    ledger.write_bytes(ledger.read_bytes()[:-9])
+
+
+def shorten_ledger(run: Run) -> None:
+    """Far behind the checkpoint."""
+    ledger = run.path / "metrics.jsonl"
+    ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:9]))
+
+
+def lose_checkpoint(run: Run) -> None:
+    (run.path / CHECKPOINT).unlink()
+
+
+def cut_checkpoint(run: Run) -> None:
+    file = run.path / CHECKPOINT
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("damage", [tear_ledger, shorten_ledger, lose_checkpoint, cut_checkpoint])
+def test_files_that_a_power_cut_left(
+    cli: CommandLine, uninterrupted: Run, copied: Run, damage: Callable[[Run], None]
+) -> None:
+    """The ledger and the checkpoint, out of step: each of them rebuilds what the other lost."""
+    damage(copied)
+    resume(cli, copied)
+    assert_same_outcome(copied, uninterrupted)
+
+
+def test_ledger_with_a_gap_is_refused(cli: CommandLine, copied: Run) -> None:
+    ledger = copied.path / "metrics.jsonl"
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    ledger.write_bytes(b"".join(lines[:5] + lines[6:]))
+    answer = cli("tune", "--resume", copied.run_id, "--json").expect(1)
+    assert "has a gap: it cannot be resumed" in answer.json["error"]
+    assert ledger.read_bytes() == b"".join(lines[:5] + lines[6:]), "nothing is lost by trying"
 
 
 def test_full_model_scope(cli: CommandLine) -> None:
     reference = cli.run(cli("tune", *FULL, "--json").expect(0).json["run_id"])
-    run, _ = stop(cli, FULL, has_steps(3))
+    run = stop(cli, FULL, has_steps(3))
     resume(cli, run)
     assert_same_outcome(run, reference)
 

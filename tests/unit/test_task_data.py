@@ -25,6 +25,7 @@ TRAIN: Rows = [
     {"sentence": f"No. {i}: naïve – “fine”, isn't it? 2020-01-0{i}", "label": i % 2, "idx": i}
     for i in range(1, 8)
 ]
+TRAIN[0]["sentence"] += " \u2028 \x85 \u2029"  # line ends to Unicode, but not to JSON lines
 VALIDATION: Rows = [{"sentence": "1.0", "label": 1}, {"sentence": "null", "label": 0}]
 
 

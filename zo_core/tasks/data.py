@@ -85,7 +85,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
             return parquet.read_table(path).to_pylist()
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, OSError, EOFError, zlib.error) as error:
         raise UserError(f"data_dir: {path} cannot be read: {error}.") from error
     if not all(isinstance(row, dict) for row in rows):
