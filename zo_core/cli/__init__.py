@@ -137,5 +137,5 @@ def main() -> None:
     try:
         app(prog_name="python -m zo_core")
     finally:
-        # Now, not at exit: Dask's callbacks need threads that the interpreter no longer starts then.
+        # Now, not at exit: Dask's callbacks need threads, which a closing interpreter refuses.
         backend.shutdown()
