@@ -11,7 +11,7 @@ from zo_core.models.load import LoadedModel, load
 from zo_core.tasks.scoring import candidate_scores, task_loss
 from zo_core.tasks.templates import Example
 from zo_core.zo.forward import FastForward, ReferenceForward
-from zo_core.zo.scope import Draw, TunedScope, scope_parameters
+from zo_core.zo.scope import Draw, Point, TunedScope, scope_parameters
 from zo_core.zo.trainer import (
     LossNotFiniteError,
     Progress,
@@ -31,12 +31,12 @@ def test_restore_is_exact(demo: LoadedModel, dtype: str, layer: int | None) -> N
     loaded = load(ModelFields(device=str(demo.device), dtype=dtype))
     before = {n: p.clone() for n, p in loaded.model.named_parameters()}
     scope = TunedScope(scope_parameters(loaded, layer))
-    scope.perturb(DRAW, 1e-3)
+    scope.perturb(Point(DRAW, 1e-3))
     changed = {n for n, p in loaded.model.named_parameters() if not torch.equal(p, before[n])}
     # In bf16 and fp16 an eps this small may round away on every entry of a norm.
     matrices = {n for n, p in scope.parameters.items() if p.dim() == 2}
     assert matrices <= changed <= set(scope.parameters)
-    scope.perturb(DRAW, -1e-3)
+    scope.perturb(Point(DRAW, -1e-3))
     scope.update(DRAW, g=123.0, lr=0.0)
     assert all(torch.equal(p, before[n]) for n, p in loaded.model.named_parameters())
 
@@ -105,12 +105,12 @@ def test_fast_path_equals_reference(
     scope = TunedScope(scope_parameters(demo, layer))
     for batch in (review_examples[:1], review_examples[3:19], review_examples[30:33]):
         oracle = reference.prepare(batch)
-        scope.perturb(DRAW, 1e-2)
+        scope.perturb(Point(DRAW, 1e-2))
         wanted = candidate_scores(reference.logits(oracle), oracle.scored)
         scope.restore()
         for forward in (cached, uncached):
             prepared = forward.prepare(batch)  # with the base weights, as the trainer does
-            scope.perturb(DRAW, 1e-2)
+            scope.perturb(Point(DRAW, 1e-2))
             got = candidate_scores(forward.logits(prepared), prepared.scored)
             scope.restore()
             torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)

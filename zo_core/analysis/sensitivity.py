@@ -22,7 +22,7 @@ from zo_core.models.load import LoadedModel
 from zo_core.tasks.scoring import task_loss
 from zo_core.tasks.templates import Example
 from zo_core.zo.forward import FastForward
-from zo_core.zo.scope import Draw, TunedScope, scope_parameters
+from zo_core.zo.scope import Draw, Point, TunedScope, scope_parameters
 
 METRICS = ("projected_gradient", "abs_projected_gradient", "loss_shift", "output_kl")
 
@@ -68,9 +68,8 @@ def probe_layer(
         for number in range(settings.draws):
             draw = Draw(settings.noise, settings.seed, number + 1)
             losses, divergences = [], []
-            for sign in (1, -1):
-                scope.perturb(draw, sign * settings.eps)
-                logits = forward.logits(prepared)
+            pair = (Point(draw, settings.eps), Point(draw, -settings.eps))
+            for logits in forward.logits_at(prepared, scope, pair):
                 losses.append(float(task_loss(logits, prepared.scored)))
                 other = logits.float().log_softmax(-1)
                 divergences.append(float((base.exp() * (base - other)).sum(-1).mean()))

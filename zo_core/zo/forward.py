@@ -23,6 +23,7 @@ from zo_core.models.decoder import hidden_of
 from zo_core.models.load import LoadedModel
 from zo_core.tasks.scoring import Scored, batches, layout
 from zo_core.tasks.templates import Example
+from zo_core.zo.scope import Point, TunedScope
 
 CHUNK = 32
 """Examples whose frozen prefix is computed together. Chunks are fixed by the order of the data, so
@@ -52,6 +53,22 @@ class Forward(Protocol):
 
     def logits(self, prepared: Prepared) -> torch.Tensor:
         """Logits [U, V] at the batch's scored places, with the weights as they are now."""
+
+    def logits_at(
+        self, prepared: Prepared, scope: TunedScope, points: Sequence[Point]
+    ) -> list[torch.Tensor]:
+        """Logits [U, V] at every point; the working weights are left in an unspecified state."""
+
+
+def _one_by_one(
+    forward: Forward, prepared: Prepared, scope: TunedScope, points: Sequence[Point]
+) -> list[torch.Tensor]:
+    """Logits at every point, one forward pass each."""
+    found = []
+    for point in points:
+        scope.perturb(point)
+        found.append(forward.logits(prepared))
+    return found
 
 
 def _pad(
@@ -100,6 +117,12 @@ class ReferenceForward:
             use_cache=False,
         )
         return output.logits[prepared.scored.row, prepared.scored.position]
+
+    def logits_at(
+        self, prepared: Prepared, scope: TunedScope, points: Sequence[Point]
+    ) -> list[torch.Tensor]:
+        """Logits [U, V] at every point, one forward pass each."""
+        return _one_by_one(self, prepared, scope, points)
 
 
 class FastForward:
@@ -172,6 +195,12 @@ class FastForward:
             return output.logits
         finally:
             handle.remove()
+
+    def logits_at(
+        self, prepared: Prepared, scope: TunedScope, points: Sequence[Point]
+    ) -> list[torch.Tensor]:
+        """Logits [U, V] at every point."""
+        return _one_by_one(self, prepared, scope, points)
 
     def _prefix(self, examples: Sequence[Example], ids: torch.Tensor) -> torch.Tensor | None:
         if not self._layer:

@@ -67,6 +67,14 @@ class Draw:
     direction: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A point of weight space: the scope's true weights plus ``scale z``."""
+
+    draw: Draw
+    scale: float
+
+
 class TunedScope:
     """Working weights of a scope with their fp32 master. ``close`` leaves the model as it was."""
 
@@ -107,10 +115,11 @@ class TunedScope:
         return z
 
     @torch.no_grad()
-    def perturb(self, draw: Draw, scale: float) -> None:
-        """Set the working weights to ``master + scale z``."""
+    def perturb(self, point: Point) -> None:
+        """Set the working weights to those of a point, ``master + scale z``."""
         for name, parameter in self.parameters.items():
-            parameter.copy_(torch.add(self.master[name], self.z(name, draw), alpha=scale))
+            z = self.z(name, point.draw)
+            parameter.copy_(torch.add(self.master[name], z, alpha=point.scale))
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -18,7 +18,7 @@ from zo_core.jobs import TuneJob
 from zo_core.tasks.scoring import task_loss
 from zo_core.tasks.templates import Example
 from zo_core.zo.forward import Forward, Prepared
-from zo_core.zo.scope import Draw, TunedScope
+from zo_core.zo.scope import Draw, Point, TunedScope
 
 
 class LossNotFiniteError(UserError):
@@ -55,15 +55,13 @@ def projected_gradient(
 ) -> tuple[float, float, float]:
     """Two-sided estimate ``g = (L(theta + eps z) - L(theta - eps z)) / (2 eps)`` (Spall 1992).
 
-    Leaves the working weights at ``theta - eps z``: update or restore them next.
+    Leaves the working weights in an unspecified state: update or restore them next.
 
     Returns:
         (g, loss at +, loss at -).
     """
-    scope.perturb(draw, eps)
-    loss_plus = float(task_loss(forward.logits(prepared), prepared.scored))
-    scope.perturb(draw, -eps)
-    loss_minus = float(task_loss(forward.logits(prepared), prepared.scored))
+    pair = forward.logits_at(prepared, scope, (Point(draw, eps), Point(draw, -eps)))
+    loss_plus, loss_minus = (float(task_loss(logits, prepared.scored)) for logits in pair)
     return (loss_plus - loss_minus) / (2 * eps), loss_plus, loss_minus
 
 
