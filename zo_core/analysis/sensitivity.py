@@ -21,7 +21,7 @@ import torch
 from zo_core.models.load import LoadedModel
 from zo_core.tasks.scoring import task_loss
 from zo_core.tasks.templates import Example
-from zo_core.zo.forward import FastForward
+from zo_core.zo.path import choose_forward
 from zo_core.zo.scope import Draw, Point, TunedScope, scope_parameters
 
 METRICS = ("projected_gradient", "abs_projected_gradient", "loss_shift", "output_kl")
@@ -43,6 +43,7 @@ def probe_layer(
     layer: int,
     examples: Sequence[Example],
     settings: ProbeSettings,
+    path: str = "fast",
     tick: Callable[[], None] = lambda: None,
 ) -> pd.DataFrame:
     """Probe one layer; the model is left as it was, bit for bit.
@@ -52,12 +53,13 @@ def probe_layer(
         layer: 0-based.
         examples: one batch.
         settings: draws, eps, noise, seed. Draw d uses the z of step d + 1.
+        path: ``fast`` or ``reference``, see :func:`zo_core.zo.path.choose_forward`.
         tick: called after every draw; may raise to stop.
 
     Returns:
         ``layer, draw, metric, value``, ``draws x len(METRICS)`` rows.
     """
-    forward = FastForward(loaded, layer, budget=0)
+    forward, _ = choose_forward(loaded, path, layer, examples)
     prepared = forward.prepare(examples)
     scope = TunedScope(scope_parameters(loaded, layer))
     rows = []

@@ -16,7 +16,7 @@ from zo_core.runs import Run, to_json
 from zo_core.tasks.data import load_task
 from zo_core.tasks.scoring import task_loss
 from zo_core.tasks.templates import encode
-from zo_core.zo.forward import FastForward
+from zo_core.zo.path import choose_forward
 from zo_core.zo.scope import check_layer
 from zo_core.zo.trainer import batch_indices
 
@@ -30,7 +30,8 @@ def run_probe(job: ProbeJob, run: Run, context: JobContext) -> None:
     loaded = resident.acquire(job, context.log)
     indices = batch_indices(job.seed, 1, len(data.train), job.batch_size)
     examples = [encode(data.task, data.train[i], loaded.tokenizer, loaded.context) for i in indices]
-    forward = FastForward(loaded)
+    forward, reason = choose_forward(loaded, "auto", 0, examples[:2])
+    context.log(f"{forward.name} path: {reason}")
     prepared = forward.prepare(examples)
     base_loss = float(task_loss(forward.logits(prepared), prepared.scored))
     if not math.isfinite(base_loss):
@@ -49,7 +50,7 @@ def run_probe(job: ProbeJob, run: Run, context: JobContext) -> None:
     context.progress(0, total, f"layer {layers[0]}")
     tables: list[pd.DataFrame] = []
     for layer in layers:
-        tables.append(probe_layer(loaded, layer, examples, settings, tick))
+        tables.append(probe_layer(loaded, layer, examples, settings, forward.name, tick))
         _write_tables(run, pd.concat(tables, ignore_index=True))
     summary = summarise(pd.concat(tables, ignore_index=True))
     strength = summary[summary["metric"] == "abs_projected_gradient"].dropna(subset="mean")

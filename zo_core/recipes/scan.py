@@ -2,8 +2,10 @@
 
 import time
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pandas as pd
+from torch import nn
 
 from zo_core.analysis.activations import EMBEDDING, ActivationScan
 from zo_core.analysis.outliers import RULES, Verdict, first_outlier_layer
@@ -11,6 +13,7 @@ from zo_core.jobs import ScanJob
 from zo_core.models import resident
 from zo_core.models.load import LoadedModel
 from zo_core.progress import JobContext
+from zo_core.provenance import provenance
 from zo_core.runs import Run, to_json
 from zo_core.tasks.texts import texts_of, tokenise
 
@@ -30,6 +33,8 @@ def run_scan(job: ScanJob, run: Run, context: JobContext) -> None:
     ):
         run.write_result(f"{name}.parquet", table.to_parquet(index=False))
     summary = _summary(job, loaded, scan, layers, verdicts, time.perf_counter() - began)
+    facts = {"run_id": run.run_id, "job": job.model_dump()}
+    run.write_result("provenance.json", to_json(facts | provenance(loaded)))
     run.write_result("summary.json", to_json(summary))
     for name, verdict in verdicts.items():
         context.log(f"{name}: {verdict.reason}")
@@ -63,9 +68,15 @@ def scan_texts(
 
 def find_first_outlier_layer(loaded: LoadedModel, rule: str, context: JobContext) -> Verdict:
     """What a rule says of a loaded model, on a short scan: eight passages of 128 tokens."""
-    job = ScanJob(model=loaded.name, sequences=8, max_tokens=128)
-    scan = scan_texts(loaded, job, texts_of(job), context, show_progress=False)
-    return first_outlier_layer(rule, scan.layers())
+    if loaded.model not in _short_scans:
+        job = ScanJob(model=loaded.name, sequences=8, max_tokens=128)
+        scan = scan_texts(loaded, job, texts_of(job), context, show_progress=False)
+        _short_scans[loaded.model] = scan.layers()
+    return first_outlier_layer(rule, _short_scans[loaded.model])
+
+
+_short_scans: WeakKeyDictionary[nn.Module, pd.DataFrame] = WeakKeyDictionary()
+"""A resident model between jobs has its base weights, so its short scan stays true."""
 
 
 def _summary(

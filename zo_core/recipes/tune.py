@@ -1,11 +1,8 @@
 """Tune: zeroth-order fine-tuning of a scope, with evaluation before and after, and resume."""
 
 import hashlib
-import math
 from collections.abc import Iterable
 from typing import Any
-
-import torch
 
 from zo_core.errors import UserError
 from zo_core.jobs import TuneJob
@@ -17,10 +14,11 @@ from zo_core.provenance import provenance
 from zo_core.recipes.scan import find_first_outlier_layer
 from zo_core.runs import Run, to_json
 from zo_core.tasks.data import TaskData, load_task
-from zo_core.tasks.scoring import evaluate, task_loss
+from zo_core.tasks.scoring import evaluate
 from zo_core.tasks.templates import Example, encode
 from zo_core.zo.checkpoint import restore_run, save_checkpoint
-from zo_core.zo.forward import CHUNK, FastForward, Forward, ReferenceForward
+from zo_core.zo.forward import CHUNK, FastForward
+from zo_core.zo.path import choose_forward
 from zo_core.zo.scope import TunedScope, check_layer, scope_parameters
 from zo_core.zo.trainer import LossNotFiniteError, Progress, train
 
@@ -35,7 +33,8 @@ def run_tune(job: TuneJob, run: Run, context: JobContext) -> None:
     if layer is None and job.scope == AUTO:
         layer = _dominant_layer(job, loaded, context)
     training, validation = _encode(data, loaded, context)
-    forward, reason = _choose_path(job, loaded, layer, training[:2])
+    chunk = min(CHUNK, job.batch_size)
+    forward, reason = choose_forward(loaded, job.path, layer, training[:2], chunk)
     if isinstance(forward, FastForward):
         for examples in (training, validation):
             forward.register(examples)
@@ -184,31 +183,6 @@ def _encode(
     if cut:
         context.log(f"{cut} rows are longer than {loaded.context} tokens: cut on the left")
     return splits[0], splits[1]
-
-
-def _choose_path(
-    job: TuneJob, loaded: LoadedModel, layer: int | None, examples: list[Example]
-) -> tuple[Forward, str]:
-    """The forward path, and why. ``auto`` takes the fast one if it agrees with the reference."""
-    if job.path == "reference":
-        return ReferenceForward(loaded), "asked for"
-    fast = FastForward(loaded, layer or 0, chunk=min(CHUNK, job.batch_size))
-    if layer is None:
-        reason = "full scope: no frozen prefix to cache"
-    else:
-        reason = f"layers below {layer} are frozen and cached"
-    if job.path == "fast":
-        return fast, reason
-    losses = []
-    for path in (fast, ReferenceForward(loaded)):
-        prepared = path.prepare(examples)
-        losses.append(float(task_loss(path.logits(prepared), prepared.scored)))
-    tolerance = 1e-4 if loaded.dtype == torch.float32 else 5e-2
-    if not math.isclose(*losses, rel_tol=tolerance, abs_tol=tolerance):
-        return ReferenceForward(loaded), (
-            f"the fast path disagrees on this family ({losses[0]:.5f}, reference {losses[1]:.5f})"
-        )
-    return fast, reason
 
 
 def _fingerprint(

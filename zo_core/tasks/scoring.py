@@ -1,7 +1,7 @@
 """From logits to candidate scores, loss and accuracy (MeZO's classification loss)."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +32,15 @@ class Scored:
     label: torch.Tensor
     """int64 [B]."""
     n_candidates: int
+
+    def to(self, device: torch.device) -> "Scored":
+        """The same on another device."""
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in fields(self)
+            if f.name != "n_candidates"
+        }
+        return replace(self, **moved)
 
 
 def layout(

@@ -5,14 +5,15 @@ Both run the model's own modules; neither re-implements an architecture.
 * :class:`ReferenceForward` is what the papers do: one row for every candidate, left padding, the
   whole model, logits at every position.
 * :class:`FastForward` does only the work that the result depends on. Layers below the lowest tuned
-  one are frozen, so their output is computed once per example and cached; candidates that are
-  single tokens share one row; sequences are padded on the right, where causal attention makes a
-  mask needless; logits are computed at the scored places only.
+  one are frozen, so their output is computed once per example and cached; token rows are packed
+  without padding, and the candidates of a prompt share its computation; the points
+  ``theta + eps z`` and ``theta - eps z`` differ in the tuned layer only and run above it as one
+  batch; logits are computed at the scored places only.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -23,11 +24,17 @@ from zo_core.models.decoder import hidden_of
 from zo_core.models.load import LoadedModel
 from zo_core.tasks.scoring import Scored, batches, layout
 from zo_core.tasks.templates import Example
+from zo_core.zo.packing import Packing, pack, packed
+from zo_core.zo.paired import NotTokenwiseError, paired
 from zo_core.zo.scope import Point, TunedScope
 
 CHUNK = 32
 """Examples whose frozen prefix is computed together. Chunks are fixed by the order of the data, so
 a resumed run fills its cache with the same bits as an uninterrupted one."""
+
+PAIRED_SHARE = 0.25
+"""Largest share of the model that is tuned with the weights of several points held side by side;
+above it, memory counts more, and nearly the whole model would be run per point anyway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +42,15 @@ class Prepared:
     """A batch ready to be run any number of times."""
 
     input_ids: torch.Tensor
-    """int64 [R, T]."""
+    """int64 [R, T]; R is 1 when packed."""
     mask: torch.Tensor | None
-    """int64 [R, T], 1 at real tokens; None with right padding."""
-    hidden: torch.Tensor | None
-    """Input of the lowest tuned layer, [R, T, H]; None if it is not cached."""
+    """int64 [R, T], 1 at real tokens; None when packed."""
     scored: Scored
+    positions: torch.Tensor
+    """int64 [R, T]: places of the tokens in their sequences."""
+    packing: Packing | None = None
+    hidden: torch.Tensor | None = None
+    """Input of the lowest tuned layer, [1, T, H]; None if no layer is frozen below."""
 
 
 class Forward(Protocol):
@@ -71,20 +81,6 @@ def _one_by_one(
     return found
 
 
-def _pad(
-    rows: Sequence[Sequence[int]], left: bool, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Padded token ids and mask, both int64 [R, T]. Padding is token 0: it is never attended to."""
-    width = max(map(len, rows))
-    pads = [[0] * (width - len(r)) for r in rows]
-    ids = [p + list(r) if left else list(r) + p for r, p in zip(rows, pads, strict=True)]
-    mask = [
-        [0] * len(p) + [1] * len(r) if left else [1] * len(r) + [0] * len(p)
-        for r, p in zip(rows, pads, strict=True)
-    ]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
 class ReferenceForward:
     """Plain Hugging Face forward, batch x candidates rows, left padding, full logits."""
 
@@ -103,17 +99,20 @@ class ReferenceForward:
             place_of=lambda row, at: width - len(row) + at,
             device=self._loaded.device,
         )
-        ids, mask = _pad(rows, left=True, device=self._loaded.device)
-        return Prepared(ids, mask, None, scored)
+        pads = [width - len(r) for r in rows]
+        ids = torch.tensor([[0] * p + list(r) for p, r in zip(pads, rows, strict=True)])
+        mask = torch.tensor([[0] * p + [1] * len(r) for p, r in zip(pads, rows, strict=True)])
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        device = self._loaded.device
+        return Prepared(ids.to(device), mask.to(device), scored, positions.to(device))
 
     @torch.no_grad()
     def logits(self, prepared: Prepared) -> torch.Tensor:
         """Logits [U, V] at the scored places."""
-        assert prepared.mask is not None
         output = self._loaded.model(
             input_ids=prepared.input_ids,
             attention_mask=prepared.mask,
-            position_ids=(prepared.mask.cumsum(-1) - 1).clamp(min=0),
+            position_ids=prepared.positions,
             use_cache=False,
         )
         return output.logits[prepared.scored.row, prepared.scored.position]
@@ -126,7 +125,7 @@ class ReferenceForward:
 
 
 class FastForward:
-    """Frozen prefix cached, shared rows, right padding, logits at scored places only."""
+    """Frozen prefix cached, no padding, shared suffix, logits at scored places only."""
 
     name = "fast"
 
@@ -147,7 +146,7 @@ class FastForward:
         self._chunk = chunk
         self._budget = _default_budget(loaded.device) if budget is None else budget
         self._chunks: dict[int, tuple[Example, ...]] = {}
-        self._cache: dict[int, list[torch.Tensor]] = {}
+        self._cache: dict[int, torch.Tensor] = {}
         self._returned = 0
         """How many values a block returns in a tuple; 0 if it returns the hidden states alone."""
 
@@ -169,59 +168,96 @@ class FastForward:
             self._chunks.update({id(e): members for e in members})
 
     def prepare(self, examples: Sequence[Example]) -> Prepared:
-        """Lay a batch out and find its prefix in the cache, or compute it."""
-        rows, scored = layout(
+        """Pack a batch and find its prefix in the cache, or compute it."""
+        device = self._loaded.device
+        ids, positions, packing, places = pack([e.rows for e in examples], device)
+        _, scored = layout(
             examples,
             rows_of=lambda e: e.rows,
             place_of=lambda _row, at: at,
-            device=self._loaded.device,
+            device=torch.device("cpu"),
         )
-        ids, _ = _pad(rows, left=False, device=self._loaded.device)
-        return Prepared(ids, None, self._prefix(examples, ids), scored)
+        scored = replace(
+            scored, row=torch.zeros_like(scored.row), position=places[scored.row, scored.position]
+        ).to(device)
+        hidden = self._prefix(examples, ids, positions, packing)
+        return Prepared(ids, None, scored, positions, packing, hidden)
 
     @torch.no_grad()
     def logits(self, prepared: Prepared) -> torch.Tensor:
         """Logits [U, V] at the scored places."""
-        scored = prepared.scored
+        return self._run(prepared, 1)
+
+    @torch.no_grad()
+    def logits_at(
+        self, prepared: Prepared, scope: TunedScope, points: Sequence[Point]
+    ) -> list[torch.Tensor]:
+        """Logits [U, V] at every point, with one suffix for all points where that is possible."""
+        assert prepared.packing is not None
+        if scope.size > PAIRED_SHARE * self._loaded.info.parameters:
+            return _one_by_one(self, prepared, scope, points)
+        weights = {
+            name: [scope.weights_at(name, point) for point in points] for name in scope.parameters
+        }
+        try:
+            with paired(self._loaded.model, weights, prepared.packing.tokens):
+                return list(self._run(prepared, len(points)).chunk(len(points)))
+        except NotTokenwiseError:
+            return _one_by_one(self, prepared, scope, points)
+
+    def _run(self, prepared: Prepared, copies: int) -> torch.Tensor:
+        """Logits [copies x U, V] of so many copies of the packed row, side by side."""
+        assert prepared.packing is not None
+        packing, scored, hidden = prepared.packing, prepared.scored, prepared.hidden
+        ids, positions, where = prepared.input_ids, prepared.positions, scored.position
+        if copies > 1:
+            where = torch.cat([where + copy * packing.tokens for copy in range(copies)])
+            packing = packing.repeated(copies)
+            ids, positions = ids.repeat(1, copies), positions.repeat(1, copies)
+            hidden = None if hidden is None else hidden.repeat(1, copies, 1)
 
         def keep_scored(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (args[0][scored.row, scored.position], *args[1:])
+            return (args[0][0, where], *args[1:])
 
         head = self._loaded.model.get_output_embeddings()  # type: ignore[operator]
         handle = head.register_forward_pre_hook(keep_scored)
         try:
-            with self._suffix_only(prepared.hidden):
-                output = self._loaded.model(input_ids=prepared.input_ids, use_cache=False)
+            with packed(self._loaded.model, packing), self._suffix_only(hidden):
+                output = self._loaded.model(input_ids=ids, position_ids=positions, use_cache=False)
             return output.logits
         finally:
             handle.remove()
 
-    def logits_at(
-        self, prepared: Prepared, scope: TunedScope, points: Sequence[Point]
-    ) -> list[torch.Tensor]:
-        """Logits [U, V] at every point."""
-        return _one_by_one(self, prepared, scope, points)
-
-    def _prefix(self, examples: Sequence[Example], ids: torch.Tensor) -> torch.Tensor | None:
+    def _prefix(
+        self,
+        examples: Sequence[Example],
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        packing: Packing,
+    ) -> torch.Tensor | None:
         if not self._layer:
             return None
         if any(id(e) not in self._chunks for e in examples):
-            return self._run_prefix(ids)
+            return self._run_prefix(ids, positions, packing)
         for example in examples:
             if id(example) not in self._cache:
                 self._fill(self._chunks[id(example)])
-        states = [h for e in examples for h in self._cache[id(e)]]
-        return nn.utils.rnn.pad_sequence(states, batch_first=True)
+        return torch.cat([self._cache[id(e)] for e in examples], dim=1)
 
     def _fill(self, chunk: tuple[Example, ...]) -> None:
-        ids, _ = _pad([r for e in chunk for r in e.rows], left=False, device=self._loaded.device)
-        hidden = iter(self._run_prefix(ids))
+        ids, positions, packing, _ = pack([e.rows for e in chunk], self._loaded.device)
+        hidden = self._run_prefix(ids, positions, packing)
+        start = 0
         for example in chunk:
-            self._cache[id(example)] = [next(hidden)[: len(r)].clone() for r in example.rows]
+            _, _, own, _ = pack([example.rows], torch.device("cpu"))
+            self._cache[id(example)] = hidden[:, start : start + own.tokens].clone()
+            start += own.tokens
 
     @torch.no_grad()
-    def _run_prefix(self, ids: torch.Tensor) -> torch.Tensor:
-        """Input of the lowest tuned layer, [R, T, H]: the model runs up to there and stops."""
+    def _run_prefix(
+        self, ids: torch.Tensor, positions: torch.Tensor, packing: Packing
+    ) -> torch.Tensor:
+        """Input of the lowest tuned layer, [1, T, H]: the model runs up to there and stops."""
         blocks = self._loaded.decoder.blocks
 
         def see(_module: nn.Module, _args: Any, output: object) -> None:
@@ -235,7 +271,8 @@ class FastForward:
             blocks[self._layer].register_forward_pre_hook(stop, with_kwargs=True),
         ]
         try:
-            self._loaded.model(input_ids=ids, use_cache=False)
+            with packed(self._loaded.model, packing):
+                self._loaded.model(input_ids=ids, position_ids=positions, use_cache=False)
         except _Reached as reached:
             return hidden_of(reached.hidden)
         finally:

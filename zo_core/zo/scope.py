@@ -115,11 +115,16 @@ class TunedScope:
         return z
 
     @torch.no_grad()
+    def weights_at(self, name: str, point: Point) -> torch.Tensor:
+        """One parameter's working weights at a point: ``master + scale z``, rounded once."""
+        moved = torch.add(self.master[name], self.z(name, point.draw), alpha=point.scale)
+        return moved.to(self.parameters[name].dtype)
+
+    @torch.no_grad()
     def perturb(self, point: Point) -> None:
-        """Set the working weights to those of a point, ``master + scale z``."""
+        """Set the working weights to those of a point."""
         for name, parameter in self.parameters.items():
-            z = self.z(name, point.draw)
-            parameter.copy_(torch.add(self.master[name], z, alpha=point.scale))
+            parameter.copy_(self.weights_at(name, point))
 
     @torch.no_grad()
     def restore(self) -> None:

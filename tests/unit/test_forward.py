@@ -1,0 +1,159 @@
+"""The fast path against the reference path: families, lengths, candidates, points, layers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    MistralConfig,
+    Qwen3MoeConfig,
+)
+
+from tests.unit import families
+from zo_core.jobs import ModelFields
+from zo_core.models.load import LoadedModel, load
+from zo_core.tasks.scoring import candidate_scores, task_loss
+from zo_core.tasks.templates import Candidate, Example
+from zo_core.zo.forward import FastForward, ReferenceForward
+from zo_core.zo.packing import pack
+from zo_core.zo.path import choose_forward
+from zo_core.zo.scope import Draw, Point, TunedScope, scope_parameters
+
+DRAW = Draw("gaussian", seed=3, step=5)
+POINTS = (Point(DRAW, 1e-2), Point(DRAW, -1e-2))
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+WINDOWED: dict[str, AutoConfig] = {
+    "mistral": MistralConfig(**families._SIZES, num_key_value_heads=2, sliding_window=4),
+    "gemma2": Gemma2Config(
+        **families._SIZES, **families._GROUPED, query_pre_attn_scalar=8, sliding_window=4
+    ),
+    "qwen3_moe": Qwen3MoeConfig(**families._SIZES, **families._GROUPED, **MOE),
+}
+
+
+@pytest.fixture(scope="module", params=[*families.CONFIGS, "mistral*", "gemma2*", "qwen3_moe*"])
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """A tiny random model of a family; with a star, one with a window of 4 tokens, or experts."""
+    name: str = request.param
+    folder: Path = tmp_path_factory.mktemp(name.strip("*"))
+    if name.endswith("*"):
+        before = families.CONFIGS.get(name[:-1])
+        families.CONFIGS[name[:-1]] = WINDOWED[name[:-1]]
+        try:
+            model = families.build(name[:-1])
+        finally:
+            if before is None:
+                del families.CONFIGS[name[:-1]]
+            else:
+                families.CONFIGS[name[:-1]] = before
+    else:
+        model = families.build(name)
+    families.save(model, folder)
+    return load(ModelFields(model=str(folder), dtype="float32", device="cpu"))
+
+
+def example(prompt: list[int], *answers: list[int]) -> Example:
+    """An example whose candidates follow one prompt."""
+    return Example(
+        candidates=tuple(Candidate((*prompt, *a), len(prompt)) for a in answers),
+        label=0,
+        truncated=False,
+    )
+
+
+SINGLE = [example([5], [7], [9]), example([4, 8, 15, 16, 23, 42, 11], [7], [9])]
+SEVERAL = [
+    example([5, 6, 7, 8, 9], [10, 11, 12], [10, 13], [14]),
+    example([3], [4, 4], [5, 6, 7, 8, 9, 10], [4]),
+]
+
+
+@pytest.mark.parametrize("layer", [0, 2, families.LAYERS - 1])
+@pytest.mark.parametrize("batch", [SINGLE, SEVERAL, SEVERAL[:1]], ids=["one", "several", "lone"])
+def test_fast_equals_reference(tiny: LoadedModel, layer: int, batch: list[Example]) -> None:
+    """Losses of a pair agree to 1e-5 and logits to 1e-4, cached or not."""
+    reference, fast = ReferenceForward(tiny), FastForward(tiny, layer)
+    fast.register(batch)
+    scope = TunedScope(scope_parameters(tiny, layer))
+    try:
+        oracle, prepared = reference.prepare(batch), fast.prepare(batch)
+        pair = fast.logits_at(prepared, scope, POINTS)
+        for point, got, wanted in zip(
+            POINTS, pair, reference.logits_at(oracle, scope, POINTS), strict=True
+        ):
+            scores = [
+                candidate_scores(got, prepared.scored),
+                candidate_scores(wanted, oracle.scored),
+            ]
+            torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-4)
+            losses = [task_loss(got, prepared.scored), task_loss(wanted, oracle.scored)]
+            torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5, msg=f"{point}")
+    finally:
+        scope.close()
+
+
+def test_points_side_by_side_equal_one_at_a_time(tiny: LoadedModel) -> None:
+    """Four points at once give what each gives alone; the model's own weights are untouched."""
+    fast = FastForward(tiny, 3)
+    prepared = fast.prepare(SEVERAL)
+    scope = TunedScope(scope_parameters(tiny, 3))
+    points = [Point(DRAW, s) for s in (1e-2, -1e-2, 3e-2, 0.0)]
+    before = {n: p.clone() for n, p in tiny.model.named_parameters()}
+    together = fast.logits_at(prepared, scope, points)
+    for name, parameter in tiny.model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    for point, got in zip(points, together, strict=True):
+        scope.perturb(point)
+        torch.testing.assert_close(got, fast.logits(prepared), rtol=1e-5, atol=1e-4)
+    scope.close()
+    assert all("forward" not in vars(m) for m in tiny.model.modules())
+
+
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5), layer=st.integers(0, 15))
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_any_lengths_on_the_bundled_model(
+    demo: LoadedModel, lengths: list[int], layer: int
+) -> None:
+    """Whatever the lengths, packed equals padded."""
+    batch = [example([17 * i + j + 2 for j in range(n)], [5], [6]) for i, n in enumerate(lengths)]
+    reference, fast = ReferenceForward(demo), FastForward(demo, layer)
+    oracle, prepared = reference.prepare(batch), fast.prepare(batch)
+    torch.testing.assert_close(
+        candidate_scores(fast.logits(prepared), prepared.scored),
+        candidate_scores(reference.logits(oracle), oracle.scored),
+        rtol=1e-5,
+        atol=1e-4,
+    )
+
+
+def test_candidates_add_only_what_differs() -> None:
+    """The prompt's tokens appear once, and places point back at them."""
+    rows = [[(1, 2, 3, 4), (1, 2, 3, 5, 6), (1, 2)], [(9,)]]
+    ids, positions, packing, places = pack(rows, torch.device("cpu"))
+    assert ids.tolist() == [[1, 2, 3, 4, 5, 6, 9]]
+    assert positions.tolist() == [[0, 1, 2, 3, 3, 4, 0]]
+    assert packing.query_lengths == (4, 2, 1)
+    assert [list(k) for k in packing.keys] == [[0, 1, 2, 3], [0, 1, 2, 4, 5], [6]]
+    assert [ids[0, places[r, : len(row)]].tolist() for r, row in enumerate(sum(rows, []))] == [
+        list(row) for row in sum(rows, [])
+    ]
+    twice = packing.repeated(2)
+    assert [list(k) for k in twice.keys[3:]] == [[7, 8, 9, 10], [7, 8, 9, 11, 12], [13]]
+
+
+def test_a_family_that_cannot_be_packed_takes_the_reference_path(tmp_path: Path) -> None:
+    """Bloom's attention is its own: the reason says so, and nothing is computed wrongly."""
+    config = BloomConfig(**families._COMMON, hidden_size=32, n_layer=3, n_head=4)
+    families.save(AutoModelForCausalLM.from_config(config).eval(), tmp_path)
+    loaded = load(ModelFields(model=str(tmp_path), dtype="float32", device="cpu"))
+    forward, reason = choose_forward(loaded, "auto", 1, SINGLE)
+    assert forward.name == "reference"
+    assert "cannot be packed" in reason

@@ -1,0 +1,301 @@
+"""Packing: the token rows of a batch as one row without padding, and attention over it.
+
+A packed batch is a list of *segments* laid end to end in one row of T tokens. A segment is a whole
+sequence, or what one candidate adds to the prompt of another: then its queries also see the
+prompt's keys, which are computed once. Models run packed through their own modules; only the
+attention function is ours, put in place through the attention registry of ``transformers``.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+
+NAME = "zoscope_packed"
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the segments of a packed row lie. S segments, T tokens, K gathered keys."""
+
+    device: torch.device
+    query_lengths: tuple[int, ...]
+    """Tokens of each segment; they sum to T."""
+    keys: tuple[range | tuple[int, ...], ...]
+    """For each segment, the tokens its queries can see, in order; the segment's own come last."""
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return sum(self.query_lengths)
+
+    @cached_property
+    def shared(self) -> bool:
+        """Whether any segment sees the keys of another."""
+        return any(len(k) != n for k, n in zip(self.keys, self.query_lengths, strict=True))
+
+    @cached_property
+    def key_lengths(self) -> tuple[int, ...]:
+        """Keys of each segment; they sum to K."""
+        return tuple(map(len, self.keys))
+
+    @cached_property
+    def key_index(self) -> torch.Tensor:
+        """int64 [K]: the keys of all segments, one after the other."""
+        return torch.tensor([k for keys in self.keys for k in keys], device=self.device)
+
+    @cached_property
+    def query_borders(self) -> torch.Tensor:
+        """int32 [S + 1]: where each segment's queries begin."""
+        return _borders(self.query_lengths, self.device)
+
+    @cached_property
+    def key_borders(self) -> torch.Tensor:
+        """int32 [S + 1]: where each segment's keys begin in ``key_index``."""
+        return _borders(self.key_lengths, self.device)
+
+    @cached_property
+    def padded_queries(self) -> torch.Tensor:
+        """int64 [S, Lq]: tokens of each segment, padded with token 0 on the right."""
+        starts = (0, *accumulate(self.query_lengths))
+        spans = [
+            range(start, start + n)
+            for start, n in zip(starts[:-1], self.query_lengths, strict=True)
+        ]
+        return _padded(spans, self.device)
+
+    @cached_property
+    def padded_keys(self) -> torch.Tensor:
+        """int64 [S, Lk]: keys of each segment, padded with token 0 on the right."""
+        return _padded(self.keys, self.device)
+
+    @cached_property
+    def unpad(self) -> torch.Tensor:
+        """int64 [T]: place of each token in the flattened ``padded_queries``."""
+        width = max(self.query_lengths)
+        places = [s * width + i for s, n in enumerate(self.query_lengths) for i in range(n)]
+        return torch.tensor(places, device=self.device)
+
+    @cached_property
+    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places within their sequences of padded queries [S, Lq, 1] and of real keys [S, 1, Lk].
+
+        Padding keys are at -1, which nothing sees.
+        """
+        first = torch.tensor(
+            [k - q for k, q in zip(self.key_lengths, self.query_lengths, strict=True)],
+            device=self.device,
+        )
+        queries = first[:, None] + torch.arange(max(self.query_lengths), device=self.device)
+        keys = torch.arange(max(self.key_lengths), device=self.device).expand(len(first), -1)
+        real = keys < torch.tensor(self.key_lengths, device=self.device)[:, None]
+        return queries[:, :, None], keys.where(real, torch.tensor(-1, device=self.device))[:, None]
+
+    def visible(self, window: int | None) -> torch.Tensor | None:
+        """Which keys, bool [S, 1, Lq, Lk], a padded query sees; None if plain causal says it all.
+
+        Args:
+            window: a query sees itself and so many tokens less one before it; None: all before it.
+        """
+        if not self.shared and (window is None or window >= max(self.key_lengths)):
+            return None
+        queries, keys = self.places
+        seen = (keys <= queries) & (keys >= 0)
+        if window is not None:
+            seen &= keys > queries - window
+        return seen[:, None]
+
+    def repeated(self, times: int) -> "Packing":
+        """The same segments several times over, one copy behind the other."""
+        offsets = [copy * self.tokens for copy in range(times)]
+        keys = tuple(tuple(k + offset for k in keys) for offset in offsets for keys in self.keys)
+        return Packing(self.device, self.query_lengths * times, keys)
+
+
+def pack(
+    rows: Sequence[Sequence[tuple[int, ...]]], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, Packing, torch.Tensor]:
+    """Lay token rows end to end; within a group, a row adds only what follows the common start.
+
+    Args:
+        rows: groups (examples) of token rows.
+        device: where tensors go.
+
+    Returns:
+        Token ids int64 [1, T]; positions int64 [1, T]; the packing; and int64 [R, L], the packed
+        place of every token of every row, in order of appearance, padded with 0.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    lengths: list[int] = []
+    keys: list[range | tuple[int, ...]] = []
+    places: list[tuple[int, ...]] = []
+    for group in rows:
+        first_of_group = len(places)
+        for number, row in enumerate(group):
+            known = places[first_of_group] if number else ()
+            common = _common_start(group[0], row) if number else 0
+            start = len(ids)
+            own = range(start, start + len(row) - common)
+            places.append((*known[:common], *own))
+            if not own:
+                continue
+            ids += row[common:]
+            positions += range(common, len(row))
+            lengths.append(len(own))
+            keys.append(places[-1] if common else own)
+    packing = Packing(device, tuple(lengths), tuple(keys))
+    both = torch.tensor([ids, positions]).to(device, non_blocking=True)
+    return both[:1], both[1:], packing, _padded(places, torch.device("cpu"))
+
+
+def _current() -> "Packing":
+    assert _packing is not None, "packed attention outside of packed()"
+    return _packing
+
+
+_packing: Packing | None = None
+"""The packing of the forward pass in progress; a worker runs one at a time."""
+
+
+@contextmanager
+def packed(model: nn.Module, packing: Packing) -> Iterator[None]:
+    """Within, the model's attention keeps the segments of a packed row apart."""
+    global _packing
+    config: Any = model.config
+    before, _packing = (_packing, config._attn_implementation), packing
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        _packing, config._attn_implementation = before
+
+
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention over a packed row, with the signature that ``transformers`` calls.
+
+    Args:
+        module: the attention module; not used.
+        query: [1, heads, T, D].
+        key: [1, key heads, T, D].
+        value: [1, key heads, T, D].
+        attention_mask: None; the packing says what is seen.
+        scaling: factor of the scores; None: 1 / sqrt(D).
+        sliding_window: see :meth:`Packing.visible`.
+        softcap: scores become ``softcap tanh(scores / softcap)`` (Gemma 2).
+        options: what else a family passes.
+
+    Returns:
+        [1, T, heads, D], and None for the weights.
+
+    Raises:
+        NotImplementedError: the family wants something of attention that this does not do.
+    """
+    if options.get("s_aux") is not None or options.get("position_bias") is not None:
+        raise NotImplementedError("attention with sinks or biases is not packed")
+    packing = _current()
+    flash = query.is_cuda and query.dtype in {torch.bfloat16, torch.float16}
+    if flash and softcap is None:
+        return _varlen(packing, query[0], key[0], value[0], scaling, sliding_window)[None], None
+    q = _gather(query[0], packing.padded_queries)
+    k, v = (_gather(x[0], packing.padded_keys) for x in (key, value))
+    seen = packing.visible(sliding_window)
+    if softcap is None:
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=seen is None, scale=scaling, enable_gqa=True
+        )
+    else:
+        out = _softcapped(q, k, v, seen, scaling, softcap)
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, packing.unpad)[None], None
+
+
+def _gather(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """States [heads, T, D] of the tokens of an index [S, L] -> [S, heads, L, D]."""
+    flat = states.index_select(1, index.flatten())
+    return flat.unflatten(1, index.shape).transpose(0, 1)
+
+
+def _varlen(
+    packing: Packing,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """Flash attention over segments: query [heads, T, D], the others [key heads, T, D]."""
+    k, v = key.transpose(0, 1), value.transpose(0, 1)
+    if packing.shared:
+        k, v = k[packing.key_index], v[packing.key_index]
+    out: torch.Tensor = varlen_attn(  # type: ignore[assignment]
+        query.transpose(0, 1),
+        k,
+        v,
+        packing.query_borders,
+        packing.key_borders,
+        max(packing.query_lengths),
+        max(packing.key_lengths),
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[0] != key.shape[0],
+    )
+    return out
+
+
+def _softcapped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    seen: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float,
+) -> torch.Tensor:
+    """Plain attention with capped scores: query [S, heads, Lq, D] -> the same shape."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scores = query @ key.transpose(-1, -2)
+    scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    if seen is None:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
+
+
+AttentionInterface.register(NAME, attention)
+
+
+def _common_start(one: Sequence[int], other: Sequence[int]) -> int:
+    count = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
+
+
+def _borders(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+
+
+def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows]).to(device)
