@@ -33,6 +33,7 @@ from typing import Any, Literal
 
 import psutil
 
+from zo_core.errors import UserError
 from zo_core.jobs import JOB, Job
 from zo_core.settings import settings
 
@@ -272,6 +273,25 @@ class Run:
         status = replace(status, **changes)
         replace_file(self.path / "status.json", to_json(asdict(status)))
         return status
+
+    @contextmanager
+    def worked_on(self) -> Iterator[None]:
+        """Be the only one that works on the run for as long as the block lasts.
+
+        Raises:
+            UserError: another process does: it was taken for dead, and is not.
+        """
+        with (self.path / "worker.lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"Another worker is still busy with {self.run_id}: resume it once that has "
+                    "ended, or stop the engine first."
+                ) from error
+            except OSError:
+                pass  # a file system without locks: no worse than not asking
+            yield
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -259,15 +259,8 @@ def _run_job(run: Run, me: Presence) -> str:
     failure: failures.Failure | None = None
     state, message = "done", ""
     try:
-        _mend(run)
-        job = run.job
-        context.log(f"Started on {me.name}, process {me.process.pid}.")
-        while not me.warm.wait(TICK):
-            context.check_cancelled()
-        device = "cpu" if getattr(job, "device", "") == "cpu" else me.device
-        run.update(device=device, message="")
-        context.check_cancelled()
-        recipe(job.kind)(job, run, context)
+        with run.worked_on():
+            _work(run, me, context)
     except Cancelled:
         state, message = "cancelled", "Cancelled."
     except BaseException as error:
@@ -287,6 +280,18 @@ def _run_job(run: Run, me: Presence) -> str:
     if failure is not None and failure.poisoned:
         me.leave(EXIT_POISONED)
     return state
+
+
+def _work(run: Run, me: Presence, context: JobContext) -> None:
+    _mend(run)
+    job = run.job
+    context.log(f"Started on {me.name}, process {me.process.pid}.")
+    while not me.warm.wait(TICK):
+        context.check_cancelled()
+    device = "cpu" if getattr(job, "device", "") == "cpu" else me.device
+    run.update(device=device, message="")
+    context.check_cancelled()
+    recipe(job.kind)(job, run, context)
 
 
 def _finish(run: Run, **changes: Any) -> None:

@@ -124,6 +124,18 @@ def test_only_one_of_many_takes_a_run(run: Run) -> None:
     assert sorted(took) == [False] * 7 + [True]
 
 
+def test_two_workers_never_work_on_one_run(run: Run) -> None:
+    """A worker that stalled and was taken for dead still holds its run; its end frees it."""
+    with (
+        run.worked_on(),
+        pytest.raises(UserError, match="still busy"),
+        Run(run.path).worked_on(),
+    ):
+        pass
+    with run.worked_on():
+        pass
+
+
 def test_torn_metrics_line_is_cut(run: Run) -> None:
     run.append_metrics({"kind": "step", "step": 1})
     with (run.path / "metrics.jsonl").open("a") as file:
