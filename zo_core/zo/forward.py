@@ -11,8 +11,8 @@ Both run the model's own modules; neither re-implements an architecture.
   batch; logits are computed at the scored places only.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ from zo_core.models.decoder import hidden_of
 from zo_core.models.load import LoadedModel
 from zo_core.tasks.scoring import Scored, batches, layout
 from zo_core.tasks.templates import Example
+from zo_core.zo.graphs import GraphedForward, Row
 from zo_core.zo.packing import Packing, pack, packed
 from zo_core.zo.paired import NotTokenwiseError, paired
 from zo_core.zo.scope import Point, TunedScope
@@ -130,7 +131,13 @@ class FastForward:
     name = "fast"
 
     def __init__(
-        self, loaded: LoadedModel, layer: int = 0, budget: int | None = None, chunk: int = CHUNK
+        self,
+        loaded: LoadedModel,
+        layer: int = 0,
+        budget: int | None = None,
+        chunk: int = CHUNK,
+        graphs: bool = False,
+        compiled: bool = False,
     ) -> None:
         """Wrap a loaded model.
 
@@ -140,8 +147,18 @@ class FastForward:
                 0 runs the whole model each time.
             budget: bytes the cache may take; None: 512 MiB on a CPU, a fifth of a GPU.
             chunk: examples whose prefix is computed together.
+            graphs: lay batches into buckets and replay CUDA graphs of them; CUDA, bf16 or fp16.
+            compiled: run the frozen blocks above the tuned layer through ``torch.compile``.
         """
         self._loaded = loaded
+        self._compiled: dict[int, Callable[..., Any]] | None = {} if compiled else None
+        self._graphed = (
+            GraphedForward(self._launch, loaded.device, loaded.info.hidden_size, loaded.dtype)
+            if graphs
+            else None
+        )
+        self._weights: dict[str, list[torch.Tensor]] = {}
+        """Weights of the tuned parameters at the points in progress; their addresses stay."""
         self._layer = layer
         self._chunk = chunk
         self._budget = _default_budget(loaded.device) if budget is None else budget
@@ -196,35 +213,56 @@ class FastForward:
         assert prepared.packing is not None
         if scope.size > PAIRED_SHARE * self._loaded.info.parameters:
             return _one_by_one(self, prepared, scope, points)
-        weights = {
-            name: [scope.weights_at(name, point) for point in points] for name in scope.parameters
-        }
+        self._place_weights(scope, points)
         try:
-            with paired(self._loaded.model, weights, prepared.packing.tokens):
-                return list(self._run(prepared, len(points)).chunk(len(points)))
+            return list(self._run(prepared, len(points)).chunk(len(points)))
         except NotTokenwiseError:
             return _one_by_one(self, prepared, scope, points)
+
+    def _place_weights(self, scope: TunedScope, points: Sequence[Point]) -> None:
+        if {n: len(w) for n, w in self._weights.items()} != dict.fromkeys(
+            scope.parameters, len(points)
+        ):
+            self._weights = {
+                n: [torch.empty_like(p) for _ in points] for n, p in scope.parameters.items()
+            }
+        scope.write_at(points, self._weights)
 
     def _run(self, prepared: Prepared, copies: int) -> torch.Tensor:
         """Logits [copies x U, V] of so many copies of the packed row, side by side."""
         assert prepared.packing is not None
         packing, scored, hidden = prepared.packing, prepared.scored, prepared.hidden
         ids, positions, where = prepared.input_ids, prepared.positions, scored.position
+        if self._graphed is not None:
+            return self._graphed(ids, positions, where, hidden, packing, copies)
         if copies > 1:
             where = torch.cat([where + copy * packing.tokens for copy in range(copies)])
             packing = packing.repeated(copies)
             ids, positions = ids.repeat(1, copies), positions.repeat(1, copies)
             hidden = None if hidden is None else hidden.repeat(1, copies, 1)
+        return self._launch(Row(ids, positions, where, hidden, packing, copies))
+
+    @torch.no_grad()
+    def _launch(self, row: Row) -> torch.Tensor:
+        """Logits [copies x U, V] of a packed row that holds all copies."""
 
         def keep_scored(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (args[0][0, where], *args[1:])
+            return (args[0][0, row.places], *args[1:])
 
-        head = self._loaded.model.get_output_embeddings()  # type: ignore[operator]
+        model = self._loaded.model
+        head = model.get_output_embeddings()  # type: ignore[operator]
         handle = head.register_forward_pre_hook(keep_scored)
+        apart: AbstractContextManager[None] = nullcontext()
+        if row.copies > 1:
+            apart = paired(model, self._weights, row.ids.shape[1] // row.copies)
         try:
-            with packed(self._loaded.model, packing), self._suffix_only(hidden):
-                output = self._loaded.model(input_ids=ids, position_ids=positions, use_cache=False)
-            return output.logits
+            with (
+                packed(model, row.packing),
+                self._suffix_only(row.hidden),
+                self._faster_blocks(),
+                apart,
+            ):
+                return model(input_ids=row.ids, position_ids=row.positions, use_cache=False).logits
         finally:
             handle.remove()
 
@@ -304,6 +342,29 @@ class FastForward:
         finally:
             handle.remove()
             for block in blocks[: self._layer]:
+                del block.forward  # uncovers the class's own
+
+    @contextmanager
+    def _faster_blocks(self) -> Iterator[None]:
+        """Within, frozen blocks above the tuned layer run compiled, if that is asked for."""
+        if self._compiled is None:
+            yield
+            return
+        tuned = tuple(self._weights)
+        blocks = {
+            i: block
+            for i, block in enumerate(self._loaded.decoder.blocks)
+            if i > self._layer
+            and not any(n.startswith(f"{self._loaded.decoder.prefix}.{i}.") for n in tuned)
+        }
+        for i, block in blocks.items():
+            if i not in self._compiled:
+                self._compiled[i] = torch.compile(block.forward, dynamic=True)
+            block.forward = self._compiled[i]
+        try:
+            yield
+        finally:
+            for block in blocks.values():
                 del block.forward  # uncovers the class's own
 
 

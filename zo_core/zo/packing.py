@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,16 @@ class Packing:
     def tokens(self) -> int:
         """T."""
         return sum(self.query_lengths)
+
+    @property
+    def longest_query(self) -> int:
+        """Tokens of the longest segment."""
+        return max(self.query_lengths)
+
+    @property
+    def longest_key(self) -> int:
+        """Keys of the segment that has most."""
+        return max(self.key_lengths)
 
     @cached_property
     def shared(self) -> bool:
@@ -99,17 +109,17 @@ class Packing:
         real = keys < torch.tensor(self.key_lengths, device=self.device)[:, None]
         return queries[:, :, None], keys.where(real, torch.tensor(-1, device=self.device))[:, None]
 
-    def visible(self, window: int | None) -> torch.Tensor | None:
+    def visible(self, window: int) -> torch.Tensor | None:
         """Which keys, bool [S, 1, Lq, Lk], a padded query sees; None if plain causal says it all.
 
         Args:
-            window: a query sees itself and so many tokens less one before it; None: all before it.
+            window: a query sees itself and so many tokens less one before it; 0: all before it.
         """
-        if not self.shared and (window is None or window >= max(self.key_lengths)):
+        if not self.shared and (not window or window >= max(self.key_lengths)):
             return None
         queries, keys = self.places
         seen = (keys <= queries) & (keys >= 0)
-        if window is not None:
+        if window:
             seen &= keys > queries - window
         return seen[:, None]
 
@@ -157,17 +167,34 @@ def pack(
     return both[:1], both[1:], packing, _padded(places, torch.device("cpu"))
 
 
-def _current() -> "Packing":
+class Borders(Protocol):
+    """What flash attention needs to know of a packing."""
+
+    @property
+    def shared(self) -> bool: ...  # noqa: D102
+    @property
+    def longest_query(self) -> int: ...  # noqa: D102
+    @property
+    def longest_key(self) -> int: ...  # noqa: D102
+    @property
+    def query_borders(self) -> torch.Tensor: ...  # noqa: D102
+    @property
+    def key_borders(self) -> torch.Tensor: ...  # noqa: D102
+    @property
+    def key_index(self) -> torch.Tensor: ...  # noqa: D102
+
+
+def _current() -> Borders:
     assert _packing is not None, "packed attention outside of packed()"
     return _packing
 
 
-_packing: Packing | None = None
+_packing: Borders | None = None
 """The packing of the forward pass in progress; a worker runs one at a time."""
 
 
 @contextmanager
-def packed(model: nn.Module, packing: Packing) -> Iterator[None]:
+def packed(model: nn.Module, packing: Borders) -> Iterator[None]:
     """Within, the model's attention keeps the segments of a packed row apart."""
     global _packing
     config: Any = model.config
@@ -211,20 +238,54 @@ def attention(
     """
     if options.get("s_aux") is not None or options.get("position_bias") is not None:
         raise NotImplementedError("attention with sinks or biases is not packed")
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    run = _opaque if torch.compiler.is_compiling() else _attend
+    return run(query, key, value, scaling, sliding_window or 0, softcap or 0.0), None
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    window: int,
+    softcap: float,
+) -> torch.Tensor:
+    """Attention of the packing in progress, [1, T, heads, D]; window and softcap 0 mean none."""
     packing = _current()
     flash = query.is_cuda and query.dtype in {torch.bfloat16, torch.float16}
-    if flash and softcap is None:
-        return _varlen(packing, query[0], key[0], value[0], scaling, sliding_window)[None], None
+    if flash and not softcap:
+        return _varlen(packing, query[0], key[0], value[0], scaling, window)[None]
+    assert isinstance(packing, Packing), "graphs need flash attention"
     q = _gather(query[0], packing.padded_queries)
     k, v = (_gather(x[0], packing.padded_keys) for x in (key, value))
-    seen = packing.visible(sliding_window)
-    if softcap is None:
+    seen = packing.visible(window)
+    if not softcap:
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=seen, is_causal=seen is None, scale=scaling, enable_gqa=True
         )
     else:
         out = _softcapped(q, k, v, seen, scaling, softcap)
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, packing.unpad)[None], None
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, packing.unpad)[None]
+
+
+@torch.library.custom_op("zoscope::packed_attention", mutates_args=())
+def _opaque(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    window: int,
+    softcap: float,
+) -> torch.Tensor:
+    """The same as one operation that a compiler does not look into: the packing changes."""
+    return _attend(query, key, value, scaling, window, softcap)
+
+
+@_opaque.register_fake
+def _(query: torch.Tensor, *_args: Any) -> torch.Tensor:
+    return query.new_empty(query.shape).transpose(1, 2).contiguous()
 
 
 def _gather(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -234,12 +295,12 @@ def _gather(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def _varlen(
-    packing: Packing,
+    packing: Borders,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    scaling: float | None,
-    window: int | None,
+    scaling: float,
+    window: int,
 ) -> torch.Tensor:
     """Flash attention over segments: query [heads, T, D], the others [key heads, T, D]."""
     k, v = key.transpose(0, 1), value.transpose(0, 1)
@@ -251,10 +312,10 @@ def _varlen(
         v,
         packing.query_borders,
         packing.key_borders,
-        max(packing.query_lengths),
-        max(packing.key_lengths),
+        packing.longest_query,
+        packing.longest_key,
         scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0),
+        window_size=(window - 1, 0),
         enable_gqa=query.shape[0] != key.shape[0],
     )
     return out
@@ -265,14 +326,13 @@ def _softcapped(
     key: torch.Tensor,
     value: torch.Tensor,
     seen: torch.Tensor | None,
-    scaling: float | None,
+    scaling: float,
     softcap: float,
 ) -> torch.Tensor:
     """Plain attention with capped scores: query [S, heads, Lq, D] -> the same shape."""
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    scores = query @ key.transpose(-1, -2)
-    scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = query @ key.transpose(-1, -2) * scaling
     scores = softcap * torch.tanh(scores / softcap)
     if seen is None:
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()

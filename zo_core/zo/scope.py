@@ -10,6 +10,7 @@ or updated working weight is one rounding of a float32 expression of them:
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -119,6 +120,18 @@ class TunedScope:
         """One parameter's working weights at a point: ``master + scale z``, rounded once."""
         moved = torch.add(self.master[name], self.z(name, point.draw), alpha=point.scale)
         return moved.to(self.parameters[name].dtype)
+
+    @torch.no_grad()
+    def write_at(self, points: Sequence[Point], out: Mapping[str, Sequence[torch.Tensor]]) -> None:
+        """Write the working weights of every parameter at every point.
+
+        Args:
+            points: n points.
+            out: parameter name -> n tensors like the parameter.
+        """
+        for name, tensors in out.items():
+            for point, tensor in zip(points, tensors, strict=True):
+                tensor.copy_(self.weights_at(name, point))
 
     @torch.no_grad()
     def perturb(self, point: Point) -> None:

@@ -1,0 +1,254 @@
+"""CUDA graphs of the packed forward pass, one for each bucket of batch sizes.
+
+A step launches several hundred kernels; replayed from a graph they cost the host one call. A graph
+has fixed shapes and addresses, so a batch is laid into the static tensors of its *bucket*: token,
+segment and scored-place counts rounded up. What the rounding adds is one more segment, which
+nothing else sees and nobody scores. Graph or not, the kernels and their shapes are the same, and
+so are the bits.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from zo_core.zo.packing import Borders, Packing
+
+FINEST = 64
+"""Tokens are rounded up to this many at least: two copies then fill whole tiles of 128 rows."""
+
+STEPS = 16
+"""Further up, buckets are a sixteenth of their power of two apart: at most 6 % of padding."""
+
+CAPTURE_AT = 2
+"""A bucket is captured when it is seen for this time: rare ones are not worth it."""
+
+MOST_GRAPHS = 256
+
+
+def rounded(count: int, finest: int = FINEST) -> int:
+    """The bucket of a count: a multiple of ``finest``, and for large counts a coarser one."""
+    grain = max(finest, (1 << (count.bit_length() - 1)) // STEPS)
+    return -(-count // grain) * grain
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Rounded sizes of one copy of a packed row."""
+
+    copies: int
+    tokens: int
+    segments: int
+    keys: int
+    places: int
+    longest_query: int
+    longest_key: int
+    shared: bool
+    cached: bool
+
+
+@dataclass(slots=True)
+class StaticPacking:
+    """A packing in tensors that stay where they are; see :class:`~zo_core.zo.packing.Packing`."""
+
+    shared: bool
+    longest_query: int
+    longest_key: int
+    query_borders: torch.Tensor
+    key_borders: torch.Tensor
+    key_index: torch.Tensor
+
+
+@dataclass(slots=True)
+class Row:
+    """A packed row that holds some copies of a batch side by side, as the model takes it."""
+
+    ids: torch.Tensor
+    """int64 [1, copies x T]."""
+    positions: torch.Tensor
+    """int64 [1, copies x T]."""
+    places: torch.Tensor
+    """int64 [copies x U]: packed places whose logits are wanted."""
+    hidden: torch.Tensor | None
+    """Input of the lowest tuned layer, [1, copies x T, H]."""
+    packing: Borders
+    copies: int
+
+
+@dataclass(slots=True)
+class Slots:
+    """The static row of a bucket, its graph once captured, and the graph's output."""
+
+    row: Row
+    packing: StaticPacking
+    seen: int = 0
+    graph: torch.cuda.CUDAGraph | None = None
+    output: torch.Tensor | None = None
+
+
+Run = Callable[[Row], torch.Tensor]
+
+
+class GraphedForward:
+    """Runs a forward function on bucketed batches, from a CUDA graph where one is worth it."""
+
+    def __init__(
+        self, run: Run, device: torch.device, hidden_size: int, dtype: torch.dtype
+    ) -> None:
+        """Wrap a function.
+
+        Args:
+            run: (row) -> logits [copies x U, V]; launches only, without synchronising.
+            device: a CUDA device.
+            hidden_size: H.
+            dtype: of the hidden states.
+        """
+        self._run = run
+        self._device = device
+        self._hidden = (hidden_size, dtype)
+        self._slots: dict[Bucket, Slots] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self.capture = True
+        """Whether graphs are used; off, the same buckets run launch by launch."""
+
+    @property
+    def graphs(self) -> int:
+        """How many graphs have been captured."""
+        return sum(slots.graph is not None for slots in self._slots.values())
+
+    def __call__(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        places: torch.Tensor,
+        hidden: torch.Tensor | None,
+        packing: Packing,
+        copies: int,
+    ) -> torch.Tensor:
+        """Logits [copies x U, V]; overwritten by the next call of the same bucket.
+
+        Args:
+            ids: int64 [1, T].
+            positions: int64 [1, T].
+            places: int64 [U], packed places to score.
+            hidden: [1, T, H], or None.
+            packing: of one copy.
+            copies: how many copies of the row run side by side.
+        """
+        count = len(places)
+        bucket = self._bucket(ids.shape[1], count, hidden is not None, packing, copies)
+        slots = self._slots.get(bucket)
+        if slots is None:
+            slots = self._slots[bucket] = self._allocate(bucket)
+        self._fill(slots, bucket, ids, positions, places, hidden, packing)
+        slots.seen += 1
+        if slots.graph is None and self.capture and slots.seen >= CAPTURE_AT:
+            self._capture(slots)
+        if slots.graph is not None:
+            slots.graph.replay()
+            assert slots.output is not None
+            output = slots.output
+        else:
+            output = self._run(slots.row)
+        return output.unflatten(0, (copies, bucket.places))[:, :count].flatten(0, 1)
+
+    def _bucket(
+        self, tokens: int, places: int, cached: bool, packing: Packing, copies: int
+    ) -> Bucket:
+        room = rounded(tokens)
+        extra = sum(packing.key_lengths) - tokens
+        keys = room + rounded(extra) if packing.shared else room
+        return Bucket(
+            copies=copies,
+            tokens=room,
+            segments=rounded(len(packing.query_lengths), 16) + 1,
+            keys=keys,
+            places=rounded(places, 16),
+            longest_query=rounded(max(packing.longest_query, room - tokens)),
+            longest_key=rounded(max(packing.longest_key, keys - tokens - extra)),
+            shared=packing.shared,
+            cached=cached,
+        )
+
+    def _allocate(self, bucket: Bucket) -> Slots:
+        copies = bucket.copies
+
+        def ints(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self._device)
+
+        borders = copies * bucket.segments + 1
+        width, dtype = self._hidden
+        packing = StaticPacking(
+            shared=bucket.shared,
+            longest_query=bucket.longest_query,
+            longest_key=bucket.longest_key,
+            query_borders=ints(borders, dtype=torch.int32),
+            key_borders=ints(borders, dtype=torch.int32),
+            key_index=ints(copies * bucket.keys if bucket.shared else 0),
+        )
+        row = Row(
+            ids=ints(1, copies * bucket.tokens),
+            positions=ints(1, copies * bucket.tokens),
+            places=ints(copies * bucket.places),
+            hidden=(
+                torch.zeros(1, copies * bucket.tokens, width, dtype=dtype, device=self._device)
+                if bucket.cached
+                else None
+            ),
+            packing=packing,
+            copies=copies,
+        )
+        return Slots(row, packing)
+
+    def _fill(
+        self,
+        slots: Slots,
+        bucket: Bucket,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        places: torch.Tensor,
+        hidden: torch.Tensor | None,
+        packing: Packing,
+    ) -> None:
+        tokens, copies, row = ids.shape[1], bucket.copies, slots.row
+        row.ids.view(copies, -1)[:, :tokens] = ids
+        row.positions.view(copies, -1)[:, :tokens] = positions
+        offsets = torch.arange(copies, device=self._device)[:, None] * bucket.tokens
+        row.places.view(copies, -1)[:, : len(places)] = places + offsets
+        if row.hidden is not None and hidden is not None:
+            row.hidden.view(copies, bucket.tokens, -1)[:, :tokens] = hidden
+        borders = [
+            _borders(packing.query_lengths, bucket.tokens, bucket.segments, copies),
+            _borders(
+                packing.key_lengths,
+                bucket.keys if bucket.shared else bucket.tokens,
+                bucket.segments,
+                copies,
+            ),
+        ]
+        both = torch.tensor(borders, dtype=torch.int32).to(self._device, non_blocking=True)
+        slots.packing.query_borders.copy_(both[0])
+        slots.packing.key_borders.copy_(both[1])
+        if bucket.shared:
+            found = torch.full((bucket.keys,), tokens, dtype=torch.int64)
+            known = [k for keys in packing.keys for k in keys]
+            found[: len(known)] = torch.tensor(known)
+            index = found.to(self._device, non_blocking=True)
+            slots.packing.key_index.view(copies, -1).copy_(index + offsets)
+
+    def _capture(self, slots: Slots) -> None:
+        if self.graphs >= MOST_GRAPHS:
+            return
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self._device)
+        with torch.cuda.graph(graph, pool=self._pool):
+            slots.output = self._run(slots.row)
+        slots.graph = graph
+
+
+def _borders(lengths: Sequence[int], total: int, segments: int, copies: int) -> list[int]:
+    """Borders of all copies: the segments, empty ones up to the bucket's number, and the rest."""
+    one = [0, *accumulate(lengths)]
+    one += [one[-1]] * (segments - 1 - len(lengths))
+    return [copy * total + border for copy in range(copies) for border in one] + [copies * total]
