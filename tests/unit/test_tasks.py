@@ -33,7 +33,7 @@ CONTEXT = 512
 
 
 def _corpus() -> list[str]:
-    return [f"{row['sentence']} It was terrible great." for row in load_task("reviews").train]
+    return [f"{row['sentence']} It was terrible great." for row in load_task("reviews", dev_examples=0).train]
 
 
 def _bos_template(tokenizer: Tokenizer, single: str) -> None:
@@ -137,7 +137,7 @@ def test_any_text_is_kept_by_a_lossless_tokenizer(sentence: str) -> None:
     example = encode(REVIEWS, {"sentence": sentence, "label": 0}, demo, CONTEXT)
     for word, candidate in zip(REVIEWS.candidates, example.candidates, strict=True):
         text = demo.decode(candidate.tokens, clean_up_tokenization_spaces=False)
-        assert text == f"{sentence} It was {word}"
+        assert text == f"{sentence.strip()} It was {word}"
         assert demo.decode(candidate.scored) == f" {word}"
 
 

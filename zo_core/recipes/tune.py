@@ -16,9 +16,11 @@ from zo_core.progress import JobContext
 from zo_core.provenance import provenance
 from zo_core.recipes.scan import find_first_outlier_layer
 from zo_core.runs import Run, to_json
-from zo_core.tasks.data import TaskData, load_task
-from zo_core.tasks.scoring import evaluate, task_loss
-from zo_core.tasks.templates import Example, encode
+from zo_core.tasks.catalog import METRIC_NAMES
+from zo_core.tasks.data import TaskData, load_job_task
+from zo_core.tasks.evaluate import METRICS, evaluate
+from zo_core.tasks.scoring import task_loss
+from zo_core.tasks.templates import Example, encode_rows
 from zo_core.zo.checkpoint import restore_run, save_checkpoint
 from zo_core.zo.forward import CHUNK, FastForward, Forward, ReferenceForward
 from zo_core.zo.scope import TunedScope, check_layer, scope_parameters
@@ -29,12 +31,13 @@ AUTO = "layer:auto"
 
 def run_tune(job: TuneJob, run: Run, context: JobContext) -> None:
     """Tune a scope, or go on with a run that was interrupted."""
-    data = load_task(job.task, job.data_dir, job.train_examples, job.eval_examples, job.seed)
+    data = load_job_task(job, job.train_examples, job.eval_examples, job.seed, job.dev_examples)
     layer = _known_layer(job, run)
     loaded = resident.acquire(job, context.log)
     if layer is None and job.scope == AUTO:
         layer = _dominant_layer(job, loaded, context)
     training, validation = _encode(data, loaded, context)
+    metric = data.task.metric
     forward, reason = _choose_path(job, loaded, layer, training[:2])
     if isinstance(forward, FastForward):
         for examples in (training, validation):
@@ -69,12 +72,13 @@ def run_tune(job: TuneJob, run: Run, context: JobContext) -> None:
                 context.progress(step, job.steps, message)
                 context.check_cancelled()
 
-            result = evaluate(forward, validation, min(CHUNK, job.batch_size), tick)
+            size = min(CHUNK, job.batch_size)
+            result = evaluate(data.task, loaded, forward, validation, size, tick)
             record = {"kind": "eval", "step": step, "split": "validation", **result}
             run.append_metrics(record)
             evaluations[step] = record
             context.log(
-                f"step {step}: validation accuracy {result['accuracy']:.4f}, "
+                f"step {step}: validation {METRIC_NAMES[metric]} {result[metric]:.4f}, "
                 f"loss {result['loss']:.4f} ({result['examples']} rows)"
             )
 
@@ -121,6 +125,7 @@ def run_tune(job: TuneJob, run: Run, context: JobContext) -> None:
                 "steps": job.steps,
                 "lr": job.effective_lr,
                 "seed": job.seed,
+                "metric": metric,
                 "before": _outcome(evaluations[0]),
                 "after": _outcome(evaluations[job.steps]),
                 "steps_per_second": rate,
@@ -129,6 +134,7 @@ def run_tune(job: TuneJob, run: Run, context: JobContext) -> None:
                 "seconds": round(progress.seconds, 3),
                 "data": data.source,
                 "train_examples": len(training),
+                "dev_examples": len(data.dev),
             }
         ),
     )
@@ -176,14 +182,16 @@ def _encode(
     data: TaskData, loaded: LoadedModel, context: JobContext
 ) -> tuple[list[Example], list[Example]]:
     """Tokenised training and validation rows; truncated ones are counted in the log."""
-    splits = [
-        [encode(data.task, row, loaded.tokenizer, loaded.context) for row in rows]
-        for rows in (data.train, data.validation)
-    ]
-    cut = sum(e.truncated for split in splits for e in split)
-    if cut:
-        context.log(f"{cut} rows are longer than {loaded.context} tokens: cut on the left")
-    return splits[0], splits[1]
+    training = encode_rows(data.task, data.train, loaded.tokenizer, loaded.context, training=True)
+    validation = encode_rows(data.task, data.validation, loaded.tokenizer, loaded.context)
+    cut = [sum(e.truncated for e in split) for split in (training, validation)]
+    if any(cut):
+        context.log(
+            f"{cut[0]} training and {cut[1]} validation rows are longer than {loaded.context} "
+            "tokens allow: cut on the left"
+        )
+    context.detail(truncated={"train": cut[0], "validation": cut[1]})
+    return training, validation
 
 
 def _choose_path(
@@ -257,4 +265,4 @@ def _progress_of(records: list[dict[str, Any]]) -> Progress:
 
 
 def _outcome(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: record[name] for name in ("accuracy", "loss", "examples")}
+    return {name: record[name] for name in METRICS if name in record}
