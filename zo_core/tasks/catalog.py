@@ -17,6 +17,9 @@ SAMPLES = Path(__file__).resolve().parent / "samples"
 OWN = "own"
 """The task whose rows, template and candidates the job brings along."""
 
+OWN_SUFFIXES = (".csv", ".jsonl", ".jsonl.gz", ".parquet")
+"""Kinds of files that a user's own rows come in."""
+
 Metric = Literal["accuracy", "f1"]
 METRIC_NAMES = {"accuracy": "accuracy", "f1": "F1", "em": "exact match", "f1a": "F1a"}
 """How the metrics of an evaluation are called."""

@@ -13,8 +13,7 @@ from pyarrow import parquet
 from zo_core.errors import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-OWN_SUFFIXES = (".csv", *SUFFIXES)
-"""Of a user's own rows; Hugging Face data has nested fields, which CSV cannot hold."""
+"""Of Hugging Face data, which has nested fields: CSV cannot hold them."""
 
 
 def find_split(root: Path, split: str, suffixes: tuple[str, ...] = SUFFIXES) -> Path | None:

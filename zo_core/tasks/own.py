@@ -7,8 +7,8 @@ from typing import Any
 
 from zo_core.errors import UserError
 from zo_core.jobs import TaskChoice
-from zo_core.tasks.catalog import OWN, TaskInfo
-from zo_core.tasks.files import OWN_SUFFIXES, find_split, read_rows
+from zo_core.tasks.catalog import OWN, OWN_SUFFIXES, TaskInfo
+from zo_core.tasks.files import find_split, read_rows
 from zo_core.tasks.splits import SPLITS, permutation
 
 TEST_SHARE = 0.2

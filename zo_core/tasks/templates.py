@@ -87,10 +87,10 @@ def encode(task: TaskInfo, row: Row, tokenizer: PreTrainedTokenizerBase, context
             not fit the context.
     """
     shown = task.render(row)
-    prefix = _without_ending(tokenizer(shown.prompt)["input_ids"], tokenizer)
+    prefix = _tokens(shown.prompt, tokenizer)
     found = []
     for option, text in zip(shown.options, shown.continuations, strict=True):
-        tokens = _without_ending(tokenizer(shown.prompt + text)["input_ids"], tokenizer)
+        tokens = _tokens(shown.prompt + text, tokenizer)
         start = _common(prefix, tokens)
         if start == len(tokens):
             raise UserError(
@@ -152,7 +152,9 @@ def _check_different(
             )
 
 
-def _without_ending(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens without the EOS or SEP that some tokenizers close a text with."""
+    # Not verbose: a text longer than the context is cut later, and counted.
+    tokens: list[int] = tokenizer(text, verbose=False)["input_ids"]
     special = {tokenizer.eos_token_id, tokenizer.sep_token_id}
     return tokens[:-1] if tokens and tokens[-1] in special - {None} else tokens
