@@ -86,8 +86,9 @@ def keep_upload(name: str, data: bytes) -> Path:
         name: as the browser says; only plain characters of its stem and a known suffix are kept.
         data: the content.
     """
-    suffix = next((s for s in reversed(OWN_SUFFIXES) if name.lower().endswith(s)), ".jsonl")
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(name).name[: -len(suffix)])[:40] or "rows"
+    suffix = next((s for s in OWN_SUFFIXES if name.lower().endswith(s)), ".jsonl.gz")
+    stem = Path(name).name.partition(".")[0]
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", stem)[:40] or "rows"
     folder = settings().cache_dir / "uploads"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stem}-{hashlib.blake2b(data, digest_size=6).hexdigest()}{suffix}"
