@@ -62,7 +62,7 @@ ROWS: dict[str, list[Row]] = {
     ],
     "multirc": [
         {"paragraph": LAKE, "question": "Who skated?", "answer": "A boy", "label": 1},
-        {"paragraph": LAKE, "question": "Who skated?", "answer": "Ann", "label": 0},
+        {"paragraph": f" {LAKE}", "question": "Who skated?", "answer": "Ann", "label": 0},
     ],
     "squad": [
         {
@@ -139,13 +139,16 @@ def by_the_table(task: str, row: Row) -> tuple[str, list[str]]:
         return f"{prompt}Yes, No, or Maybe?\n", ["Yes", "No", "Maybe"]
     if task == "boolq":
         asked = row["question"][0].upper() + row["question"][1:]
-        return f"{row['passage']} {asked}{'' if asked.endswith('?') else '?'}\n", ["No", "Yes"]
+        return f"{row['passage'].lstrip()} {asked}{'' if asked.endswith('?') else '?'}\n", [
+            "No",
+            "Yes",
+        ]
     if task == "wsc":
         asked = f'the pronoun "{row["span2_text"].lower()}" refer to {row["span1_text"]}?'
         prompt = f"{row['text']}\nIn the previous sentence, does {asked} Yes or No?\n"
         return prompt, ["No", "Yes"]
     if task == "multirc":
-        prompt = f"{row['paragraph']}\nQuestion: {row['question']}\n"
+        prompt = f"{row['paragraph'].lstrip()}\nQuestion: {row['question']}\n"
         prompt += f'I found this answer "{row["answer"]}". Is that correct? Yes or No?\n'
         return prompt, ["No", "Yes"]
     if task == "copa":

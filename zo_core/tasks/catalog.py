@@ -74,7 +74,7 @@ class TaskInfo:
         references = options if self.generates else ()
         options = options[:1] if self.generates else options
         return Rendered(
-            prompt=self.prompt.format_map(texts),
+            prompt=self.prompt.format_map(texts).lstrip(),
             options=options,
             continuations=tuple(self.answer.format(option) for option in options),
             label=0 if self.generates else self.label_of(row, len(options)),
