@@ -243,6 +243,9 @@ def facts(entry: history.Entry, metrics: curve.Curve) -> None:
         notes.append(f"{count(tuned)} tuned parameters")
     lr = summary.get("lr") or status.details.get("lr") or entry.job.effective_lr
     notes.append(f"learning rate {lr:g}")
+    cut = sum((status.details.get("truncated") or {}).values())
+    if cut:
+        notes.append(f"{cut:,} rows cut on the left to fit the context")
     path = summary.get("path") or status.details.get("path")
     if path:
         reason = summary.get("path_reason")

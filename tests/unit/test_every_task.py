@@ -61,6 +61,7 @@ def test_tune_and_evaluate(task: str, store: Path) -> None:
     assert summary["metric"] == TASKS[task].metric
     assert (summary["train_examples"], summary["dev_examples"]) == (16, 4)
     assert summary["path"] == "fast"
+    assert summary["truncated"] == {"train": 0, "validation": 0}
     records = run.read_metrics()[0]
     steps = [r for r in records if r["kind"] == "step"]
     assert len(steps) == 3

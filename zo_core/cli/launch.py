@@ -169,6 +169,9 @@ def _print_summary(run: Run, summary: dict[str, Any]) -> None:
             f"loss {before['loss']:.4f} -> {after['loss']:.4f}  "
             f"{summary['steps_per_second']:.2f} steps/s, {summary['forward_passes']} forward passes"
         )
+        cut = sum(summary["truncated"].values())
+        if cut:
+            typer.echo(f"{cut} rows were longer than the model's context: cut on the left")
     typer.echo(f"{run.path}")
 
 

@@ -36,8 +36,17 @@ def run_tune(job: TuneJob, run: Run, context: JobContext) -> None:
     loaded = resident.acquire(job, context.log)
     if layer is None and job.scope == AUTO:
         layer = _dominant_layer(job, loaded, context)
-    training, validation = _encode(data, loaded, context)
+    training, validation = _encode(data, loaded)
     metric = data.task.metric
+    truncated = {
+        "train": sum(e.truncated for e in training),
+        "validation": sum(e.truncated for e in validation),
+    }
+    if any(truncated.values()):
+        context.log(
+            f"{truncated['train']} training and {truncated['validation']} validation rows are "
+            f"longer than {loaded.context} tokens allow: cut on the left"
+        )
     forward, reason = _choose_path(job, loaded, layer, training[:2])
     if isinstance(forward, FastForward):
         for examples in (training, validation):
@@ -49,6 +58,7 @@ def run_tune(job: TuneJob, run: Run, context: JobContext) -> None:
         path_reason=reason,
         lr=job.effective_lr,
         tuned_parameters=scope.size,
+        truncated=truncated,
     )
     try:
         _same_as_before(run, context, _fingerprint(loaded, scope, training, validation))
@@ -135,6 +145,7 @@ def run_tune(job: TuneJob, run: Run, context: JobContext) -> None:
                 "data": data.source,
                 "train_examples": len(training),
                 "dev_examples": len(data.dev),
+                "truncated": truncated,
             }
         ),
     )
@@ -178,19 +189,10 @@ def _dominant_layer(job: TuneJob, loaded: LoadedModel, context: JobContext) -> i
     return verdict.layer
 
 
-def _encode(
-    data: TaskData, loaded: LoadedModel, context: JobContext
-) -> tuple[list[Example], list[Example]]:
-    """Tokenised training and validation rows; truncated ones are counted in the log."""
+def _encode(data: TaskData, loaded: LoadedModel) -> tuple[list[Example], list[Example]]:
+    """Tokenised training rows, as the loss needs them, and validation rows."""
     training = encode_rows(data.task, data.train, loaded.tokenizer, loaded.context, training=True)
     validation = encode_rows(data.task, data.validation, loaded.tokenizer, loaded.context)
-    cut = [sum(e.truncated for e in split) for split in (training, validation)]
-    if any(cut):
-        context.log(
-            f"{cut[0]} training and {cut[1]} validation rows are longer than {loaded.context} "
-            "tokens allow: cut on the left"
-        )
-    context.detail(truncated={"train": cut[0], "validation": cut[1]})
     return training, validation
 
 
