@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from zo_core.models.load import LoadedModel
+from zo_core.progress import Cancelled
 from zo_core.tasks.generation import StopAtNewline, generate
 
 NEW = 12
@@ -90,6 +91,19 @@ def test_generation_stops_once_every_row_is_done(
     script += [tokenizer(t)["input_ids"] for t in ("No.\nx", "Yes\n\nx")]
     assert answers(demo, [(40, 41), (42, 43, 44)], script) == ["No.", "Yes"]
     assert len(calls) == 4
+
+
+def test_a_cancel_is_seen_between_two_tokens(demo: LoadedModel) -> None:
+    calls = []
+
+    def tick() -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        generate(demo, [(40, 41)], NEW, tick)
+    assert len(calls) == 3
 
 
 def test_settings_of_the_model_do_not_change_greedy_generation(

@@ -1,6 +1,7 @@
 """Evaluation of a task: rank the options or generate an answer, and the loss on the same rows."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from zo_core.models.load import LoadedModel
@@ -37,7 +38,8 @@ def evaluate(
         examples: rows with all their candidates; grouped by length so that little is spent on
             padding.
         batch_size: examples a forward pass.
-        tick: called with the number of examples done, and may raise to stop.
+        tick: called with the number of examples done, at every generated token too, and may raise
+            to stop.
     """
     order = sorted(range(len(examples)), key=lambda i: (len(examples[i].rows[0]), i))
     total, f1, em = 0.0, 0.0, 0.0
@@ -50,7 +52,8 @@ def evaluate(
         label = prepared.scored.label
         total += float(example_losses(scores, label, gold=task.loss == "gold").sum())
         if task.generates:
-            answers = generate(loaded, [e.prompt for e in part], _room(part, loaded.context))
+            prompts, room = [e.prompt for e in part], _room(part, loaded.context)
+            answers = generate(loaded, prompts, room, partial(tick, chunk.start))
             f1 += sum(token_f1(a, e.references) for a, e in zip(answers, part, strict=True))
             em += sum(exact_match(a, e.references) for a, e in zip(answers, part, strict=True))
         else:

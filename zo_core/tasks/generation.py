@@ -1,6 +1,6 @@
 """Greedy generation of one-line answers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,27 +21,39 @@ class StopAtNewline(StoppingCriteria):
     token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, start: int) -> None:
-        """Watch what comes after the first ``start`` tokens of a row."""
-        self._tokenizer, self._start = tokenizer, start
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        start: int,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Watch what comes after the first ``start`` tokens of a row; ``tick`` at every token."""
+        self._tokenizer, self._start, self._tick = tokenizer, start, tick
 
     def __call__(
         self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any
     ) -> torch.BoolTensor:
         """Which rows are done: bool [B]; ``input_ids`` is int64 [B, T]."""
+        self._tick()
         texts = self._tokenizer.batch_decode(input_ids[:, self._start :])
         done = torch.tensor(["\n" in text for text in texts], device=input_ids.device)
         return done  # type: ignore[return-value]
 
 
 @torch.no_grad()
-def generate(loaded: LoadedModel, prompts: Sequence[tuple[int, ...]], new_tokens: int) -> list[str]:
+def generate(
+    loaded: LoadedModel,
+    prompts: Sequence[tuple[int, ...]],
+    new_tokens: int,
+    tick: Callable[[], None] = lambda: None,
+) -> list[str]:
     """The first line that the model, with its weights as they are now, writes after each prompt.
 
     Args:
         loaded: the model.
         prompts: token ids; run as one left-padded batch.
         new_tokens: longest answer.
+        tick: called at every token, and may raise to stop.
 
     Returns:
         One text a prompt, without spaces around it.
@@ -72,7 +84,7 @@ def generate(loaded: LoadedModel, prompts: Sequence[tuple[int, ...]], new_tokens
             pad_token_id=pad,
             eos_token_id=ends or None,
         ),
-        stopping_criteria=StoppingCriteriaList([StopAtNewline(loaded.tokenizer, width)]),
+        stopping_criteria=StoppingCriteriaList([StopAtNewline(loaded.tokenizer, width, tick)]),
     )
     return [_first_line(loaded.tokenizer, row, ends) for row in out[:, width:].tolist()]
 
