@@ -9,9 +9,12 @@ from pages.parts.choice import Choice, current, describe, line
 from pages.parts.forms import data_folder, missing_layers, task_picker
 from pages.parts.frame import begin
 from pages.parts.live_chart import live_chart
+from pages.parts.own_task import own_fields
+from pages.parts.preview import preview
 from pages.parts.words import count, duration, layer_name, plain
 from zo_core import export, plots, runs
 from zo_core.jobs import TuneJob, command_line, recommended_lr
+from zo_core.tasks.catalog import METRIC_NAMES, OWN
 
 SCOPES = {"auto": "Dominant layer (auto)", "layer": "One layer", "full": "All layers"}
 FIELDS = TuneJob.model_fields
@@ -121,6 +124,7 @@ def form(choice: Choice) -> None:
                 "eval_every": "Evaluate every (steps)",
                 "checkpoint_every": "Checkpoint every (steps)",
                 "train_examples": "Training rows",
+                "dev_examples": "Dev rows (empty: the task's)",
                 "eval_examples": "Validation rows",
             },
             width=190,
@@ -150,6 +154,9 @@ def form(choice: Choice) -> None:
             persist_state="session",
         )
         values["data_dir"] = data_folder("tune")
+    if values["task"] == OWN:
+        values |= own_fields("tune")
+    preview("tune", values, choice)
     launch.launch_row(
         TuneJob,
         values | choice.fields(),
@@ -162,8 +169,8 @@ def form(choice: Choice) -> None:
 
 
 def facts(entry: history.Entry, metrics: curve.Curve) -> None:
-    """Accuracy and loss before and after, speed, time left."""
-    status, summary = entry.status, entry.summary
+    """Main metric and loss before and after, speed, time left."""
+    status, summary, metric = entry.status, entry.summary, entry.metric
     running = status.state == "running"
     evaluations = metrics.evals
     before = summary.get("before") or status.details.get("before") or evaluations.get(0)
@@ -173,14 +180,14 @@ def facts(entry: history.Entry, metrics: curve.Curve) -> None:
     left = (status.total - status.step) / speed if speed and running else None
     with st.container(horizontal=True, key="tune_facts"):
         for key, title, text in (
-            ("accuracy", "Validation accuracy", lambda e: history.accuracy(e)),
+            (metric, f"Validation {METRIC_NAMES[metric]}", lambda e: history.percent(e, metric)),
             ("loss", "Validation loss", lambda e: plots.number(e["loss"]) if e.get("loss") else ""),
         ):
             shown = after or before
             delta = None
             if after and before and after.get(key) is not None and before.get(key) is not None:
                 gain = after[key] - before[key]
-                delta = f"{100 * gain:+.1f} points" if key == "accuracy" else f"{gain:+.3f}"
+                delta = f"{100 * gain:+.1f} points" if key == metric else f"{gain:+.3f}"
             start = text(before) if before else ""
             value = (
                 f"{start} → {text(after)}" if after and before else (text(shown) if shown else "…")
@@ -194,7 +201,7 @@ def facts(entry: history.Entry, metrics: curve.Curve) -> None:
                 border=True,
                 width=230,
                 height="stretch",
-                delta_color="normal" if key == "accuracy" else "inverse",
+                delta_color="normal" if key == metric else "inverse",
             )
         st.metric(
             "Steps a second",
@@ -236,6 +243,9 @@ def facts(entry: history.Entry, metrics: curve.Curve) -> None:
         notes.append(f"{count(tuned)} tuned parameters")
     lr = summary.get("lr") or status.details.get("lr") or entry.job.effective_lr
     notes.append(f"learning rate {lr:g}")
+    cut = sum((status.details.get("truncated") or {}).values())
+    if cut:
+        notes.append(f"{cut:,} rows cut on the left to fit the context")
     path = summary.get("path") or status.details.get("path")
     if path:
         reason = summary.get("path_reason")
@@ -272,7 +282,12 @@ def show(entry: history.Entry) -> None:
             persist_state="session",
         )
     figure = plots.loss_curve(
-        metrics.steps, metrics.evaluations, axis, span, f"{entry.run_id}-{axis}"
+        metrics.steps,
+        metrics.evaluations,
+        axis,
+        span,
+        f"{entry.run_id}-{axis}",
+        metric=entry.metric,
     )
     live_chart(figure, key="loss_chart")
     # What the downloads below, which are not redrawn with the chart, read at the click.
@@ -283,9 +298,10 @@ def report(run: runs.Run, view: dict) -> bytes:
     """The figure of a run as it is now, in an HTML page; called at the click."""
     entry, metrics = history.read(run), curve.Curve()
     metrics.advance(run)
+    figure = plots.loss_curve(metrics.steps, metrics.evaluations, **view, metric=entry.metric)
     return export.html_bytes(
         f"Fine-tuning of {entry.job.model}",
-        [("Loss and accuracy", plots.loss_curve(metrics.steps, metrics.evaluations, **view))],
+        [(f"Loss and {METRIC_NAMES[entry.metric]}", figure)],
         [f"Run {run.run_id}, scope {entry.scope}. {entry.key_result}"],
         command_line(entry.job),
     )

@@ -8,10 +8,13 @@ from pages.parts.choice import Choice, current, describe, line
 from pages.parts.forms import data_folder, missing_layers, parse_layers, task_picker
 from pages.parts.frame import begin
 from pages.parts.live_chart import live_chart
+from pages.parts.own_task import own_fields
+from pages.parts.preview import preview
 from pages.parts.routes import PAGES
 from pages.parts.words import layer_name, plain
 from zo_core import export, plots
 from zo_core.jobs import ProbeJob, command_line
+from zo_core.tasks.catalog import OWN
 
 
 def form(choice: Choice) -> None:
@@ -59,6 +62,9 @@ def form(choice: Choice) -> None:
         )
         values["data_dir"] = data_folder("probe")
     values["layers"] = parse_layers(layers)
+    if values["task"] == OWN:
+        values |= own_fields("probe")
+    preview("probe", values, choice)
     launch.launch_row(
         ProbeJob,
         values | choice.fields(),

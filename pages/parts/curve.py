@@ -54,7 +54,7 @@ class Curve:
 
     @property
     def evaluations(self) -> pd.DataFrame:
-        """Columns step, accuracy, loss, ...; empty before the first evaluation."""
+        """Columns step, loss and the task's metrics; empty before the first evaluation."""
         return pd.DataFrame([self.evals[step] for step in sorted(self.evals)])
 
     def speed(self, window: int = 50) -> float | None:

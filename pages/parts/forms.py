@@ -5,7 +5,7 @@ import re
 import streamlit as st
 
 from pages.parts.choice import Choice, describe
-from zo_core.tasks.catalog import TASKS
+from zo_core.tasks.catalog import OWN, TASKS
 
 _RANGE = re.compile(r"^(\d{1,5})-(\d{1,5})$")
 
@@ -14,8 +14,8 @@ def task_picker(prefix: str) -> str:
     """The task of a job."""
     return st.selectbox(
         "Task",
-        list(TASKS),
-        format_func=lambda task: TASKS[task].title,
+        [*TASKS, OWN],
+        format_func=lambda task: TASKS[task].title if task in TASKS else "Your own rows",
         key=f"{prefix}_task",
         width=210,
         persist_state="session",

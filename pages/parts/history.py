@@ -7,9 +7,10 @@ from pages.parts.choice import Choice
 from pages.parts.words import clock, shorten
 from zo_core import runs
 from zo_core.jobs import Job
+from zo_core.tasks.catalog import METRIC_NAMES, main_metric
 
 KINDS = ("scan", "probe", "tune")
-ALL_KINDS = (*KINDS, "load", "unload")
+ALL_KINDS = (*KINDS, "preview", "load", "unload")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +80,20 @@ class Entry:
             return "no first outlier layer" if layer is None else f"first outlier layer {layer}"
         if self.job.kind == "probe" and summary.get("most_sensitive_layer") is not None:
             return f"largest mean |g| at layer {summary['most_sensitive_layer']}"
-        before, after = (accuracy(summary.get(key)) for key in ("before", "after"))
+        before, after = (percent(summary.get(key), self.metric) for key in ("before", "after"))
         if before and after:
-            return f"accuracy {before} → {after}"
+            return f"{METRIC_NAMES[self.metric]} {before} → {after}"
         return ""
 
+    @property
+    def metric(self) -> str:
+        """The main metric of the run's task."""
+        return main_metric(getattr(self.job, "task", ""))
 
-def accuracy(evaluation: dict[str, Any] | None) -> str:
-    """The accuracy of an evaluation as a percentage, empty if there is none."""
-    value = (evaluation or {}).get("accuracy")
+
+def percent(evaluation: dict[str, Any] | None, metric: str) -> str:
+    """A metric of an evaluation as a percentage, empty if there is none."""
+    value = (evaluation or {}).get(metric)
     return "" if value is None else f"{100 * value:.1f} %"
 
 

@@ -21,6 +21,7 @@ from zo_core.jobs import (
     ForwardPath,
     LoadJob,
     Noise,
+    PreviewJob,
     ProbeJob,
     Rule,
     ScanJob,
@@ -31,7 +32,7 @@ from zo_core.jobs import (
     recommended_lr,
 )
 
-WITH_OPTIONS = ("scan", "probe", "tune")
+WITH_OPTIONS = ("scan", "probe", "tune", "preview")
 
 
 def sentence_for(fields: dict[str, Any]) -> str:
@@ -66,6 +67,11 @@ BAD: list[tuple[str, str, object, str]] = [
     ("tune", "noise", "uniform", "'gaussian' or 'rademacher'"),
     ("tune", "path", "quick", "'auto', 'fast' or 'reference'"),
     ("tune", "task", "../sst2", "pattern"),
+    ("tune", "verbalizers", "0", "write label=word, as 0=terrible,1=great"),
+    ("probe", "verbalizers", {"0": "a", "1": "b,c"}, "cannot hold a comma"),
+    ("preview", "template", "It was", "names no field"),
+    ("preview", "rows", 0, "greater than or equal to 1"),
+    ("tune", "dev_examples", -1, "greater than or equal to 0"),
     ("tune", "train_examples", 0, "greater than or equal to 1"),
     ("tune", "eval_examples", 0, "greater than or equal to 1"),
     ("tune", "eval_every", -1, "greater than or equal to 0"),
@@ -162,7 +168,7 @@ model_fields: dict[str, st.SearchStrategy[Any]] = {
     "device": st.sampled_from(["auto", "cpu", "cuda"]),
 }
 task_fields: dict[str, st.SearchStrategy[Any]] = model_fields | {
-    "task": st.from_regex(r"[a-z0-9_-]{1,64}", fullmatch=True),
+    "task": st.from_regex(r"[a-z0-9_-]{1,64}", fullmatch=True).filter(lambda t: t != "own"),
     "data_dir": paths,
     "batch_size": small,
     "seed": st.integers(0, 2**31 - 1),
@@ -197,12 +203,26 @@ JOBS: dict[str, st.SearchStrategy[BaseModel]] = {
         lr=st.none() | st.floats(0, 1e3, exclude_min=True),
         weight_decay=st.floats(0, 1),
         train_examples=small,
+        dev_examples=st.none() | st.integers(0, 500),
         eval_examples=small,
         eval_every=st.integers(0, 10_000),
         checkpoint_every=small,
         path=st.sampled_from(get_args(ForwardPath)),
     ),
 }
+
+words = names.filter(lambda s: not set(s) & set(",=\n"))
+own_fields: dict[str, st.SearchStrategy[Any]] = {
+    "task": st.just("own"),
+    "task_file": names.map(Path),
+    "template": text.map(lambda s: s.replace("{", "{{").replace("}", "}}") + "{a b}\n"),
+    "verbalizers": st.lists(words, min_size=4, max_size=8, unique=True).map(
+        lambda w: dict(zip(w[::2], w[1::2], strict=False))
+    ),
+    "label_field": names,
+}
+JOBS["own"] = st.builds(TuneJob, **task_fields | own_fields)
+JOBS["preview"] = st.builds(PreviewJob, **model_fields | own_fields, rows=st.integers(1, 100))
 
 
 def parse(line: str) -> BaseModel:

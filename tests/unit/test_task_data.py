@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -69,8 +70,8 @@ def refused(folder: Path) -> str:
 
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
-    data = load_task("sst2", data_dir(tmp_path, suffix=suffix))
-    assert texts(data.train) == texts(TRAIN)
+    data = load_task("sst2", data_dir(tmp_path, suffix=suffix), dev_examples=0)
+    assert sorted(texts(data.train)) == sorted(texts(TRAIN))
     assert texts(data.validation) == texts(VALIDATION)
     assert (data.task, data.source) == (TASKS["sst2"], "local folder")
     assert all(isinstance(row["sentence"], str) for row in data.train + data.validation)
@@ -78,28 +79,58 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
 
 def test_environment_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings(), "data_dir", data_dir(tmp_path))
-    assert texts(load_task("sst2").train) == texts(TRAIN)
+    assert sorted(texts(load_task("sst2", dev_examples=0).train)) == sorted(texts(TRAIN))
     assert load_task("reviews").source == "bundled", "a bundled task needs no folder"
 
 
 def test_given_folder_holds_for_the_bundled_task_too(tmp_path: Path) -> None:
     data_dir(tmp_path)
     (tmp_path / "sst2").rename(tmp_path / "reviews")
-    assert texts(load_task("reviews", tmp_path).train) == texts(TRAIN)
+    data = load_task("reviews", tmp_path, dev_examples=0)
+    assert sorted(texts(data.train)) == sorted(texts(TRAIN))
 
 
 def test_examples_are_limited_reproducibly(tmp_path: Path) -> None:
     folder = data_dir(tmp_path, TRAIN * 20, TRAIN)
-    first, again, other = (load_task("sst2", folder, 10, 3, seed) for seed in (0, 0, 1))
+    first, again, other = (load_task("sst2", folder, 10, 3, seed, 5) for seed in (0, 0, 1))
     assert first == again
     assert first.train != other.train
-    assert texts(first.validation) == texts(other.validation) == texts(TRAIN[:3])
-    assert len(first.train) == 10
-    assert texts(load_task("sst2", folder, 10**6).train) == texts(load_task("sst2", folder).train)
+    assert texts(first.validation) == texts(other.validation)
+    assert [row["idx"] for row in first.validation] == sorted(r["idx"] for r in first.validation)
+    assert (len(first.train), len(first.dev), len(first.validation)) == (10, 5, 3)
+    every, limited = (load_task("sst2", folder, n, dev_examples=5) for n in (None, 10**6))
+    assert texts(every.train) == texts(limited.train)
+    assert len(every.train) == 7 * 20 - 5
+
+
+def test_split_rule_is_mezos(tmp_path: Path) -> None:
+    """Permute with numpy's legacy generator, take train + dev, hold the last dev rows out."""
+    rows = [{"sentence": f"row {i}", "label": i % 2} for i in range(60)]
+    folder = data_dir(tmp_path, rows)
+    for seed in (0, 3):
+        data = load_task("sst2", folder, 20, seed=seed, dev_examples=7)
+        drawn = [rows[i] for i in np.random.RandomState(seed).permutation(60)[:27]]
+        assert texts(data.train) == texts(drawn[:20])
+        assert texts(data.dev) == texts(drawn[20:])
+
+
+def test_too_few_rows_to_hold_any_out(tmp_path: Path) -> None:
+    sentence = refused(data_dir(tmp_path))
+    assert sentence == (
+        "dev_examples: the train split of sst2 has 7 rows and 500 of them would be held out: lower "
+        "dev_examples to at most 6."
+    )
+    data = load_task("sst2", tmp_path, dev_examples=6)
+    assert (len(data.train), len(data.dev)) == (1, 6)
+
+
+@pytest.mark.parametrize(("task", "dev"), [("cb", 100), ("copa", 100), ("wsc", 100), ("rte", 500)])
+def test_small_tasks_hold_fewer_rows_out(task: str, dev: int) -> None:
+    assert TASKS[task].dev == dev
 
 
 def test_unknown_task_lists_the_choices() -> None:
-    with pytest.raises(UserError, match=r"task: 'sst3' is unknown: choose one of reviews, sst2\."):
+    with pytest.raises(UserError, match=r"task: 'sst3' is unknown: choose one of reviews, sst2, "):
         find_task("sst3")
 
 
@@ -194,9 +225,11 @@ def test_offline_hub_task_offers_the_local_folder(tmp_path: Path) -> None:
 
 
 def test_bundled_reviews_are_many_balanced_and_varied() -> None:
-    data = load_task("reviews")
+    split = load_task("reviews", train_examples=1000)
+    assert (len(split.train), len(split.dev), len(split.validation)) == (340, 100, 200)
+    data = load_task("reviews", dev_examples=0)
+    data.train.sort(key=lambda row: row["idx"])
     assert len(data.train) >= 400
-    assert len(data.validation) == 200
     for rows in (data.train, data.validation):
         counts = Counter(row["label"] for row in rows)
         assert counts[0] == counts[1] == len(rows) / 2
@@ -214,7 +247,7 @@ def test_bundled_reviews_are_many_balanced_and_varied() -> None:
 
 def test_bundled_labels_cannot_be_read_off_a_word() -> None:
     """No single word gives more than a part of the reviews away."""
-    rows = load_task("reviews").train
+    rows = load_task("reviews", dev_examples=0).train
     seen: Counter[tuple[str, int]] = Counter()
     for row in rows:
         seen.update((w, row["label"]) for w in set(re.findall(r"[\w']+", row["sentence"].lower())))
@@ -231,6 +264,6 @@ def test_real_sst2_rows() -> None:
     assert len(data.train) == 100
     assert len(data.validation) == 872
     assert {row["label"] for row in data.train} == {0, 1}
-    every = load_task("sst2", BENCHMARKS)
-    assert len(every.train) >= 1000
+    every = load_task("sst2", BENCHMARKS, 1000, 1000)
+    assert (len(every.train), len(every.dev)) == (1000, 500)
     assert all(row["sentence"].strip() for row in every.train + every.validation)

@@ -1,26 +1,16 @@
 """From rows to scores: prompts, scored spans and layout, with every kind of tokenizer."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import (
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from tests.unit.tokenizer_kinds import KINDS, first_id
 from zo_core.errors import UserError
-from zo_core.models.catalog import DEMO_PATH
 from zo_core.models.load import LoadedModel
 from zo_core.tasks.catalog import TASKS
 from zo_core.tasks.data import load_task
@@ -32,69 +22,9 @@ REVIEWS = TASKS["reviews"]
 CONTEXT = 512
 
 
-def _corpus() -> list[str]:
-    return [f"{row['sentence']} It was terrible great." for row in load_task("reviews").train]
-
-
-def _bos_template(tokenizer: Tokenizer, single: str) -> None:
-    names = ["<s>", "</s>"]
-    ids = [(n, tokenizer.token_to_id(n)) for n in names if n in single]
-    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
-
-
-def _unigram(single: str) -> PreTrainedTokenizerBase:
-    """SentencePiece's ways: a metaspace before every word, BOS in front."""
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>"
-    )
-    tokenizer.train_from_iterator(_corpus(), trainer)
-    _bos_template(tokenizer, single)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-
-
-def _wordpiece(specials: bool) -> PreTrainedTokenizerBase:
-    """BERT's ways: lower case, ``##`` inside words; with specials, [CLS] ... [SEP]."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=200, special_tokens=["[UNK]", "[CLS]", "[SEP]"], show_progress=False
-    )
-    tokenizer.train_from_iterator(_corpus(), trainer)
-    if specials:
-        ids = [(n, tokenizer.token_to_id(n)) for n in ("[CLS]", "[SEP]")]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", special_tokens=ids
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    )
-
-
-KINDS: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
-    "byte-level BPE": cache(lambda: AutoTokenizer.from_pretrained(DEMO_PATH)),
-    "unigram, BOS": cache(lambda: _unigram("<s> $A")),
-    "unigram, BOS and EOS": cache(lambda: _unigram("<s> $A </s>")),
-    "wordpiece": cache(lambda: _wordpiece(False)),
-    "wordpiece, CLS and SEP": cache(lambda: _wordpiece(True)),
-}
-
-
 @pytest.fixture(params=KINDS)
 def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
     return KINDS[request.param]()
-
-
-def first_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that the tokenizer puts in front of everything, if it does."""
-    empty = tokenizer("")["input_ids"]
-    return empty[0] if empty else None
 
 
 def test_prompt_and_scored_span(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -137,7 +67,7 @@ def test_any_text_is_kept_by_a_lossless_tokenizer(sentence: str) -> None:
     example = encode(REVIEWS, {"sentence": sentence, "label": 0}, demo, CONTEXT)
     for word, candidate in zip(REVIEWS.candidates, example.candidates, strict=True):
         text = demo.decode(candidate.tokens, clean_up_tokenization_spaces=False)
-        assert text == f"{sentence} It was {word}"
+        assert text == f"{sentence.strip()} It was {word}"
         assert demo.decode(candidate.scored) == f" {word}"
 
 

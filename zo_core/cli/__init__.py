@@ -1,4 +1,4 @@
-"""The command line: ``python -m zo_core scan|probe|tune|runs|bench|app``.
+"""The command line: ``python -m zo_core scan|probe|tune|preview|runs|bench|app``.
 
 The same job specs, engine and run store as the app. With ``--json`` the last line of stdout is one
 JSON object (keys in README.md); progress goes to stderr. Exit codes: 0 done, 1 failed, 2 bad
@@ -86,6 +86,14 @@ Resume = Annotated[
 def tune(fields: dict[str, Any], resume: Resume = None, json: Json = False) -> None:
     """Fine-tune one layer, or the full model, with ZO-SGD."""
     run = launch(fields, json, resume)
+    report(run, follow(run, json), json)
+
+
+@app.command()
+@with_job_options("preview")
+def preview(fields: dict[str, Any], json: Json = False) -> None:
+    """Show rows of a task as the model gets them, with the scored tokens marked."""
+    run = launch(fields, json)
     report(run, follow(run, json), json)
 
 

@@ -1,5 +1,6 @@
 """Launch a job from the command line, follow it, and report how it ended."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,11 +12,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from zo_core import backend, runs
 from zo_core.errors import UserError
-from zo_core.jobs import JOB, explain
+from zo_core.jobs import JOB, TaskChoice, explain
 from zo_core.models.catalog import describe, resolve
 from zo_core.runs import Run, Status, to_json
 from zo_core.settings import settings
-from zo_core.tasks.catalog import TASKS, find_task
+from zo_core.tasks.catalog import METRIC_NAMES, OWN, TASKS, find_task
 
 FAILED, BAD_INPUT, CANCELLED = 1, 2, 130
 
@@ -45,8 +46,9 @@ def _absolute(fields: dict[str, Any]) -> dict[str, Any]:
     task = TASKS.get(fields.get("task", ""))
     if task is not None and not task.bundled and settings().data_dir:
         fields.setdefault("data_dir", settings().data_dir)
-    if "data_dir" in fields:
-        fields["data_dir"] = Path(fields["data_dir"]).absolute()
+    for name in ("data_dir", "task_file"):
+        if name in fields:
+            fields[name] = Path(fields[name]).expanduser().absolute()
     if "model" in fields:
         source, folder = resolve(fields["model"])
         if source == "local":
@@ -61,7 +63,7 @@ def check(job: Any) -> None:
         UserError: an unknown task, or a layer that the model does not have.
     """
     if hasattr(job, "task"):
-        find_task(job.task)
+        _check_task(job)
     if job.kind == "unload" or resolve(job.model)[0] == "hub":
         return  # the worker asks the hub
     layers = list(getattr(job, "layers", None) or [])
@@ -74,6 +76,15 @@ def check(job: Any) -> None:
             raise UserError(
                 f"Layer {layer} is out of range: {job.model} has layers 0 to {info.n_layers - 1}."
             )
+
+
+def _check_task(job: TaskChoice) -> None:
+    if job.task != OWN:
+        find_task(job.task)
+        return
+    from zo_core.tasks.data import load_job_task  # reads Parquet: slow to import
+
+    load_job_task(job, dev_examples=0)
 
 
 def writable(path: Path | None, option: str, as_json: bool) -> None:
@@ -148,12 +159,33 @@ def _print_summary(run: Run, summary: dict[str, Any]) -> None:
     elif kind == "probe":
         typer.echo(f"Most sensitive layer: {summary['most_sensitive_layer']} (mean |g|)")
         sys.stdout.write(run.result("layers.csv").read_text())
+    elif kind == "preview":
+        _print_preview(summary)
     elif kind == "tune":
-        before, after = summary["before"], summary["after"]
+        before, after, metric = summary["before"], summary["after"], summary["metric"]
         typer.echo(
             f"{summary['scope']} (layer {summary['layer']})  "
-            f"accuracy {before['accuracy']:.4f} -> {after['accuracy']:.4f}  "
+            f"{METRIC_NAMES[metric]} {before[metric]:.4f} -> {after[metric]:.4f}  "
             f"loss {before['loss']:.4f} -> {after['loss']:.4f}  "
             f"{summary['steps_per_second']:.2f} steps/s, {summary['forward_passes']} forward passes"
         )
+        cut = sum(summary["truncated"].values())
+        if cut:
+            typer.echo(f"{cut} rows were longer than the model's context: cut on the left")
     typer.echo(f"{run.path}")
+
+
+def _print_preview(summary: dict[str, Any]) -> None:
+    """The rendered rows: scored tokens between bars, the right option marked with a star."""
+    for number, example in enumerate(summary["examples"], 1):
+        cut = ", cut on the left" if example["truncated"] else ""
+        typer.echo(f"--- row {number} of {len(summary['examples'])}{cut}")
+        typer.echo(example["candidates"][0]["prompt"])
+        for index, candidate in enumerate(example["candidates"]):
+            star = "*" if index == example["label"] else " "
+            pieces = "|".join(json.dumps(p, ensure_ascii=False)[1:-1] for p in candidate["scored"])
+            typer.echo(f"{star} |{pieces}|  ({candidate['tokens']} tokens in all)")
+        if len(example["references"]) > 1:
+            typer.echo(f"  right answers: {'; '.join(example['references'])}")
+    rows = ", ".join(f"{count} {split}" for split, count in summary["rows"].items())
+    typer.echo(f"{summary['task']}: {rows} rows; * is the right option, | | holds a scored token")

@@ -19,6 +19,8 @@ def _metavar(annotation: Any) -> str:
         return "|".join(get_args(annotation))
     if get_origin(annotation) is list:
         return "0,3,8"
+    if get_origin(annotation) is dict:
+        return "0=terrible,1=great"
     return {int: "N", float: "X", str: "TEXT"}.get(annotation, "PATH")
 
 

@@ -98,6 +98,28 @@ def check_causal(name: str, model: nn.Module, device: torch.device) -> None:
         )
 
 
+UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+"""What transformers raises on files that are missing, torn or of an unknown kind."""
+
+
+def _cannot_be_loaded(fields: ModelFields, error: Exception) -> ModelError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ModelError(f"model: {fields.model} cannot be loaded: {first}")
+
+
+def load_tokenizer(fields: ModelFields, info: ModelInfo) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model that a job names; no weights are read.
+
+    Raises:
+        ModelError: it cannot be found or read.
+    """
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return AutoTokenizer.from_pretrained(info.path, revision=fields.revision)
+    except UNREADABLE as error:
+        raise _cannot_be_loaded(fields, error) from error
+
+
 def load(fields: ModelFields) -> LoadedModel:
     """Load the model that a job names.
 
@@ -116,9 +138,8 @@ def load(fields: ModelFields) -> LoadedModel:
             "are free: unload other models, try bfloat16, or a larger device."
         )
     transformers_logging.disable_progress_bar()
+    tokenizer = load_tokenizer(fields, info)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            tokenizer = AutoTokenizer.from_pretrained(info.path, revision=fields.revision)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             info.path,
             revision=fields.revision,
@@ -130,11 +151,10 @@ def load(fields: ModelFields) -> LoadedModel:
         model, found = loaded
         if found["missing_keys"]:
             raise ValueError(f"its files lack {sorted(found['missing_keys'])[0]}")
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except UNREADABLE as error:
         if isinstance(error, torch.cuda.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
             raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"model: {fields.model} cannot be loaded: {first}") from error
+        raise _cannot_be_loaded(fields, error) from error
     model.to(device).eval().requires_grad_(False)
     check_causal(fields.model, model, device)
     return LoadedModel(

@@ -13,6 +13,8 @@ from zo_core.plots.style import ACCENT, DASHES, OKABE_ITO, finish
 CURVE_POINTS = 2000
 AXES = {"step": "steps", "forward_passes": "forward passes", "seconds": "time (s)"}
 """Columns that a loss curve can be drawn against."""
+METRICS_DRAWN = {"accuracy": "accuracy", "f1": "F1"}
+"""Main metrics of tasks."""
 
 
 def thin(x: np.ndarray, y: np.ndarray, limit: int = CURVE_POINTS) -> tuple[np.ndarray, np.ndarray]:
@@ -44,16 +46,19 @@ def loss_curve(
     axis: str = "step",
     span: int = 50,
     uirevision: str = "",
+    metric: str = "accuracy",
 ) -> go.Figure:
-    """Training loss, raw and smoothed, above the accuracy of the evaluations.
+    """Training loss, raw and smoothed, above the main metric of the evaluations.
 
     Args:
         steps: columns ``step, loss, forward_passes, seconds`` (the last two cumulative).
-        evals: columns ``step, accuracy``.
+        evals: columns ``step`` and ``metric``.
         axis: a key of :data:`AXES`.
         span: steps of the moving average.
         uirevision: zoom survives redraws while this stays the same.
+        metric: the column of ``evals`` that is drawn, a share.
     """
+    title = METRICS_DRAWN[metric]
     rows = 1 if evals.empty else 2
     figure = make_subplots(
         rows=rows,
@@ -102,8 +107,8 @@ def loss_curve(
         )
         figure.add_scatter(
             x=at,
-            y=100 * evals["accuracy"].to_numpy(dtype=float),
-            name="validation accuracy",
+            y=100 * evals[metric].to_numpy(dtype=float),
+            name=f"validation {title}",
             mode="lines+markers",
             line={"color": OKABE_ITO[2], "dash": "dot", "width": 2},
             marker={"symbol": "diamond", "size": 9},
@@ -111,11 +116,9 @@ def loss_curve(
             row=2,
             col=1,
             customdata=evals["step"],
-            hovertemplate="step %{customdata}: accuracy %{y:.1f} %<extra></extra>",
+            hovertemplate=f"step %{{customdata}}: {title} %{{y:.1f}} %<extra></extra>",
         )
-        figure.update_yaxes(
-            title="accuracy (%)", range=_accuracy_range(evals["accuracy"]), row=2, col=1
-        )
+        figure.update_yaxes(title=f"{title} (%)", range=_share_range(evals[metric]), row=2, col=1)
     figure.update_yaxes(title="loss (nats)", row=1, col=1)
     figure.update_xaxes(title=AXES[axis], rangemode="tozero", row=rows, col=1)
     if axis != "seconds" and len(x) and np.nanmax(x) < 10:  # plotly would put ticks at halves
@@ -126,9 +129,9 @@ def loss_curve(
     return finish(figure, 520)
 
 
-def _accuracy_range(accuracy: pd.Series) -> list[float]:
+def _share_range(share: pd.Series) -> list[float]:
     """Limits in percent that do not turn a few rows of difference into a cliff."""
-    percent = 100 * accuracy.to_numpy(dtype=float)
+    percent = 100 * share.to_numpy(dtype=float)
     percent = percent[np.isfinite(percent)]
     if not len(percent):
         return [0.0, 100.0]

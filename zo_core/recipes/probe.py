@@ -13,9 +13,9 @@ from zo_core.models.catalog import describe
 from zo_core.progress import JobContext
 from zo_core.provenance import provenance
 from zo_core.runs import Run, to_json
-from zo_core.tasks.data import load_task
+from zo_core.tasks.data import load_job_task
 from zo_core.tasks.scoring import task_loss
-from zo_core.tasks.templates import encode
+from zo_core.tasks.templates import encode_rows
 from zo_core.zo.path import choose_forward
 from zo_core.zo.scope import check_layer
 from zo_core.zo.trainer import batch_indices
@@ -23,13 +23,17 @@ from zo_core.zo.trainer import batch_indices
 
 def run_probe(job: ProbeJob, run: Run, context: JobContext) -> None:
     """Probe the layers of a model on one batch of a task."""
-    data = load_task(job.task, job.data_dir)
+    data = load_job_task(job, dev_examples=0)
     count = describe(job.model, job.revision).n_layers
     layers = list(range(count)) if job.layers is None else job.layers
     check_layer(layers[-1], count, job.model)
     loaded = resident.acquire(job, context.log)
     indices = batch_indices(job.seed, 1, len(data.train), job.batch_size)
-    examples = [encode(data.task, data.train[i], loaded.tokenizer, loaded.context) for i in indices]
+    rows = [data.train[i] for i in indices]
+    examples = encode_rows(data.task, rows, loaded.tokenizer, loaded.context, training=True)
+    cut = sum(e.truncated for e in examples)
+    if cut:
+        context.log(f"{cut} rows are longer than {loaded.context} tokens allow: cut on the left")
     forward, reason = choose_forward(loaded, "auto", 0, examples[:2])
     context.log(f"{forward.name} path: {reason}")
     prepared = forward.prepare(examples)

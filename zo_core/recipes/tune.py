@@ -13,9 +13,10 @@ from zo_core.progress import JobContext
 from zo_core.provenance import provenance
 from zo_core.recipes.scan import find_first_outlier_layer
 from zo_core.runs import Run, to_json
-from zo_core.tasks.data import TaskData, load_task
-from zo_core.tasks.scoring import evaluate
-from zo_core.tasks.templates import Example, encode
+from zo_core.tasks.catalog import METRIC_NAMES
+from zo_core.tasks.data import TaskData, load_job_task
+from zo_core.tasks.evaluate import METRICS, evaluate
+from zo_core.tasks.templates import Example, encode_rows
 from zo_core.zo.checkpoint import restore_run, save_checkpoint
 from zo_core.zo.forward import CHUNK, FastForward
 from zo_core.zo.path import choose_forward
@@ -27,12 +28,22 @@ AUTO = "layer:auto"
 
 def run_tune(job: TuneJob, run: Run, context: JobContext) -> None:
     """Tune a scope, or go on with a run that was interrupted."""
-    data = load_task(job.task, job.data_dir, job.train_examples, job.eval_examples, job.seed)
+    data = load_job_task(job, job.train_examples, job.eval_examples, job.seed, job.dev_examples)
     layer = _known_layer(job, run)
     loaded = resident.acquire(job, context.log)
     if layer is None and job.scope == AUTO:
         layer = _dominant_layer(job, loaded, context)
-    training, validation = _encode(data, loaded, context)
+    training, validation = _encode(data, loaded)
+    metric = data.task.metric
+    truncated = {
+        "train": sum(e.truncated for e in training),
+        "validation": sum(e.truncated for e in validation),
+    }
+    if any(truncated.values()):
+        context.log(
+            f"{truncated['train']} training and {truncated['validation']} validation rows are "
+            f"longer than {loaded.context} tokens allow: cut on the left"
+        )
     chunk = min(CHUNK, job.batch_size)
     forward, reason = choose_forward(loaded, job.path, layer, training[:2], chunk)
     if isinstance(forward, FastForward):
@@ -45,6 +56,7 @@ def run_tune(job: TuneJob, run: Run, context: JobContext) -> None:
         path_reason=reason,
         lr=job.effective_lr,
         tuned_parameters=scope.size,
+        truncated=truncated,
     )
     try:
         _same_as_before(run, context, _fingerprint(loaded, scope, training, validation))
@@ -68,12 +80,13 @@ def run_tune(job: TuneJob, run: Run, context: JobContext) -> None:
                 context.progress(step, job.steps, message)
                 context.check_cancelled()
 
-            result = evaluate(forward, validation, min(CHUNK, job.batch_size), tick)
+            size = min(CHUNK, job.batch_size)
+            result = evaluate(data.task, loaded, forward, validation, size, tick)
             record = {"kind": "eval", "step": step, "split": "validation", **result}
             run.append_metrics(record)
             evaluations[step] = record
             context.log(
-                f"step {step}: validation accuracy {result['accuracy']:.4f}, "
+                f"step {step}: validation {METRIC_NAMES[metric]} {result[metric]:.4f}, "
                 f"loss {result['loss']:.4f} ({result['examples']} rows)"
             )
 
@@ -120,6 +133,7 @@ def run_tune(job: TuneJob, run: Run, context: JobContext) -> None:
                 "steps": job.steps,
                 "lr": job.effective_lr,
                 "seed": job.seed,
+                "metric": metric,
                 "before": _outcome(evaluations[0]),
                 "after": _outcome(evaluations[job.steps]),
                 "steps_per_second": rate,
@@ -128,6 +142,8 @@ def run_tune(job: TuneJob, run: Run, context: JobContext) -> None:
                 "seconds": round(progress.seconds, 3),
                 "data": data.source,
                 "train_examples": len(training),
+                "dev_examples": len(data.dev),
+                "truncated": truncated,
             }
         ),
     )
@@ -171,18 +187,11 @@ def _dominant_layer(job: TuneJob, loaded: LoadedModel, context: JobContext) -> i
     return verdict.layer
 
 
-def _encode(
-    data: TaskData, loaded: LoadedModel, context: JobContext
-) -> tuple[list[Example], list[Example]]:
-    """Tokenised training and validation rows; truncated ones are counted in the log."""
-    splits = [
-        [encode(data.task, row, loaded.tokenizer, loaded.context) for row in rows]
-        for rows in (data.train, data.validation)
-    ]
-    cut = sum(e.truncated for split in splits for e in split)
-    if cut:
-        context.log(f"{cut} rows are longer than {loaded.context} tokens: cut on the left")
-    return splits[0], splits[1]
+def _encode(data: TaskData, loaded: LoadedModel) -> tuple[list[Example], list[Example]]:
+    """Tokenised training rows, as the loss needs them, and validation rows."""
+    training = encode_rows(data.task, data.train, loaded.tokenizer, loaded.context, training=True)
+    validation = encode_rows(data.task, data.validation, loaded.tokenizer, loaded.context)
+    return training, validation
 
 
 def _fingerprint(
@@ -231,4 +240,4 @@ def _progress_of(records: list[dict[str, Any]]) -> Progress:
 
 
 def _outcome(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: record[name] for name in ("accuracy", "loss", "examples")}
+    return {name: record[name] for name in METRICS if name in record}

@@ -1,1 +1,1 @@
-"""Tasks: rows, prompts, scored tokens, loss and accuracy."""
+"""Tasks: rows, prompts, scored tokens, losses and metrics (docs/tasks.md)."""

@@ -1,31 +1,54 @@
-"""Rows of a task: bundled, from a local folder, or from the hub through ``datasets``."""
+"""Rows of a task: bundled, from a local folder, from the hub, or the user's own; and their splits.
 
-import gzip
-import json
-import random
-import zlib
+The split rule is in :mod:`zo_core.tasks.splits`.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyarrow import parquet
-
 from zo_core.errors import UserError
+from zo_core.jobs import TaskChoice
 from zo_core.settings import settings
-from zo_core.tasks.catalog import SAMPLES, TaskInfo, find_task
+from zo_core.tasks.catalog import OWN, SAMPLES, TaskInfo, find_task
+from zo_core.tasks.files import find_split, read_rows
+from zo_core.tasks.own import check_fields, own_dev, own_rows, own_task
+from zo_core.tasks.splits import SPLITS, evaluated, train_and_dev
 
-SPLITS = ("train", "validation")
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class TaskData:
-    """A task with the rows of both splits."""
+    """A task with its rows."""
 
     task: TaskInfo
-    train: list[dict[str, Any]]
-    validation: list[dict[str, Any]]
+    train: Rows
+    dev: Rows
+    """Held out of the training split: to choose settings and checkpoints by."""
+    validation: Rows
+    """Of the validation split: what results are reported on (MeZO's test rows)."""
     source: str
+
+
+def load_job_task(
+    job: TaskChoice,
+    train_examples: int | None = None,
+    eval_examples: int | None = None,
+    seed: int = 0,
+    dev_examples: int | None = None,
+) -> TaskData:
+    """The rows of the task that a job names, the user's own one included; see :func:`load_task`."""
+    if job.task != OWN:
+        return load_task(job.task, job.data_dir, train_examples, eval_examples, seed, dev_examples)
+    task = own_task(job)
+    rows = own_rows(job)
+    for split in SPLITS:
+        check_fields(task, rows[split])
+        _check(task, split, rows[split])
+    dev = own_dev(job, len(rows["train"])) if dev_examples is None else dev_examples
+    return _split(task, rows, "own file", train_examples, eval_examples, seed, dev)
 
 
 def load_task(
@@ -34,63 +57,74 @@ def load_task(
     train_examples: int | None = None,
     eval_examples: int | None = None,
     seed: int = 0,
+    dev_examples: int | None = None,
 ) -> TaskData:
-    """Load and check a task's rows.
+    """Load, check and split a task's rows.
 
     Args:
         name: a key of ``TASKS``.
         data_dir: folder that holds ``<task>/{train,validation}`` as ``.jsonl``, ``.jsonl.gz`` or
             ``.parquet`` in Hugging Face field names; falls back to ``ZO_DATA_DIR``.
-        train_examples: at most so many training rows, drawn with ``seed``.
-        eval_examples: at most so many validation rows, the first ones.
-        seed: of the draw.
+        train_examples: at most so many training rows; None: all that are not dev rows.
+        eval_examples: at most so many validation rows; None: all.
+        seed: of the permutation of the training split.
+        dev_examples: rows held out of the training split; None: as many as the task says.
 
     Raises:
-        UserError: unknown task, missing or empty data, missing fields, or labels that do not match.
+        UserError: unknown task, missing, empty or too few rows, missing fields, or labels that do
+            not match.
     """
     task = find_task(name)
     folder = data_dir or (None if task.bundled else settings().data_dir)
     if folder is not None:
         root = Path(folder).expanduser() / name
-        rows = {split: _read(_split_file(root, split, folder)) for split in SPLITS}
+        rows = {split: read_rows(_split_file(root, split, folder)) for split in SPLITS}
         source = "local folder"
     elif task.bundled:
         root = SAMPLES / name
-        rows = {split: _read(_split_file(root, split, root)) for split in SPLITS}
+        rows = {split: read_rows(_split_file(root, split, root)) for split in SPLITS}
         source = "bundled"
     else:
         rows = _from_hub(task)
         source = f"hub: {task.hub[0] if task.hub else name}"
     for split in SPLITS:
         _check(task, split, rows[split])
-    train, validation = rows["train"], rows["validation"]
-    if train_examples is not None and train_examples < len(train):
-        train = random.Random(seed).sample(train, train_examples)  # noqa: S311 - a reproducible draw
-    return TaskData(task, train, validation[:eval_examples], source)
+    dev = task.dev if dev_examples is None else dev_examples
+    return _split(task, rows, source, train_examples, eval_examples, seed, dev)
+
+
+def _split(
+    task: TaskInfo,
+    rows: dict[str, Rows],
+    source: str,
+    train_examples: int | None,
+    eval_examples: int | None,
+    seed: int,
+    dev: int,
+) -> TaskData:
+    """Apply the split rule.
+
+    Raises:
+        UserError: no row is left to train on.
+    """
+    train = rows["train"]
+    if len(train) <= dev:
+        raise UserError(
+            f"dev_examples: the train split of {task.name} has {len(train)} rows and {dev} of them "
+            f"would be held out: lower dev_examples to at most {len(train) - 1}."
+        )
+    kept, held_out = train_and_dev(train, train_examples, dev, seed)
+    return TaskData(task, kept, held_out, evaluated(rows["validation"], eval_examples), source)
 
 
 def _split_file(root: Path, split: str, given: Path) -> Path:
-    for suffix in SUFFIXES:
-        if (root / f"{split}{suffix}").is_file():
-            return root / f"{split}{suffix}"
-    raise UserError(
-        f"data_dir: {given} has no {root.name}/{split}.jsonl, .jsonl.gz or .parquet: give the "
-        f"folder that holds {root.name}/train and {root.name}/validation."
-    )
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    try:
-        if path.suffix == ".parquet":
-            return parquet.read_table(path).to_pylist()
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
-        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (ValueError, OSError, EOFError, zlib.error) as error:
-        raise UserError(f"data_dir: {path} cannot be read: {error}.") from error
-    if not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"data_dir: every line of {path} must be a JSON object.")
-    return rows
+    found = find_split(root, split)
+    if found is None:
+        raise UserError(
+            f"data_dir: {given} has no {root.name}/{split}.jsonl, .jsonl.gz or .parquet: give the "
+            f"folder that holds {root.name}/train and {root.name}/validation."
+        )
+    return found
 
 
 def _from_hub(task: TaskInfo) -> dict[str, list[dict[str, Any]]]:
@@ -115,19 +149,23 @@ def _from_hub(task: TaskInfo) -> dict[str, list[dict[str, Any]]]:
     return {split: [dict(row) for row in loaded[split]] for split in SPLITS}
 
 
-def _check(task: TaskInfo, split: str, rows: list[dict[str, Any]]) -> None:
+def _check(task: TaskInfo, split: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Render every row, so that a wrong one is named before a model is loaded.
+
+    Raises:
+        UserError: there is none, or one lacks a field, an answer or a label of the task.
+    """
     if not rows:
         raise UserError(f"task: the {split} split of {task.name} has no rows.")
+    fields = task.fields if task.generates else (*task.fields, task.label_field)
     for number, row in enumerate(rows):
-        missing = [f for f in (*task.fields, task.label_field) if row.get(f) is None]
+        missing = [f for f in fields if row.get(f) is None]
         if missing:
             raise UserError(
                 f"task: row {number} of {task.name}/{split} has no field {missing[0]!r}; it has "
                 f"{', '.join(map(str, row))}."
             )
-        label = row[task.label_field]
-        if label not in range(len(task.candidates)):
-            raise UserError(
-                f"task: row {number} of {task.name}/{split} has label {label!r}; {task.name} knows "
-                f"0 to {len(task.candidates) - 1} ({', '.join(task.candidates)})."
-            )
+        try:
+            task.render(row)
+        except ValueError as error:
+            raise UserError(f"task: row {number} of {task.name}/{split} {error}.") from error

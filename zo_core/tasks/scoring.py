@@ -1,16 +1,12 @@
-"""From logits to candidate scores, loss and accuracy (MeZO's classification loss)."""
+"""From logits to candidate scores and losses (MeZO's)."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from zo_core.tasks.templates import Example
-
-if TYPE_CHECKING:
-    from zo_core.zo.forward import Forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,39 +103,36 @@ def candidate_scores(logits: torch.Tensor, scored: Scored) -> torch.Tensor:
     return flat.index_add_(0, scored.owner, log_probability).view(-1, scored.n_candidates)
 
 
+def example_losses(scores: torch.Tensor, label: torch.Tensor, gold: bool) -> torch.Tensor:
+    """The loss of every example, in nats.
+
+    Args:
+        scores: float32 [B, C], length-mean log-probabilities.
+        label: int64 [B].
+        gold: True: cross entropy on the gold option's tokens, mean over its tokens (COPA, SQuAD,
+            DROP); False: cross entropy over the candidates' scores (the other tasks).
+
+    Returns:
+        float32 [B].
+    """
+    if gold:
+        return -scores.gather(1, label[:, None])[:, 0]
+    return F.cross_entropy(scores, label, reduction="none")
+
+
 def task_loss(logits: torch.Tensor, scored: Scored) -> torch.Tensor:
-    """Cross entropy over the candidates' scores, mean over the batch: a float32 scalar, in nats."""
-    return F.cross_entropy(candidate_scores(logits, scored), scored.label)
+    """The training loss, mean over the batch: a float32 scalar, in nats.
+
+    Examples of several candidates: cross entropy over their scores. Examples of one, the gold
+    option (:attr:`Example.gold`): cross entropy on its tokens, mean over the tokens of an example
+    first and over examples then. MeZO takes the mean over all tokens of the batch there, so that a
+    long answer weighs more.
+    """
+    scores = candidate_scores(logits, scored)
+    return example_losses(scores, scored.label, gold=scored.n_candidates == 1).mean()
 
 
 def batches(count: int, size: int) -> Iterator[range]:
     """Consecutive index ranges that cover ``count`` items."""
     for start in range(0, count, size):
         yield range(start, min(start + size, count))
-
-
-def evaluate(
-    forward: "Forward",
-    examples: Sequence[Example],
-    batch_size: int = 32,
-    tick: Callable[[int], None] = lambda _done: None,
-) -> dict[str, float | int]:
-    """Accuracy (argmax over candidates) and mean loss of a forward path on examples.
-
-    Args:
-        forward: a forward path, reference or fast.
-        examples: rows to score; grouped by length so that little is spent on padding.
-        batch_size: examples a forward pass.
-        tick: called with the number of examples done, and may raise to stop.
-    """
-    order = sorted(range(len(examples)), key=lambda i: (len(examples[i].rows[0]), i))
-    right, total = 0, 0.0
-    for chunk in batches(len(order), batch_size):
-        part = [examples[order[i]] for i in chunk]
-        prepared = forward.prepare(part)
-        scores = candidate_scores(forward.logits(prepared), prepared.scored)
-        right += int((scores.argmax(-1) == prepared.scored.label).sum())
-        total += float(F.cross_entropy(scores, prepared.scored.label, reduction="sum"))
-        tick(chunk.stop)
-    count = len(examples)
-    return {"accuracy": right / count, "loss": total / count, "examples": count}

@@ -4,13 +4,17 @@ The answer's tokens are what the tokenised full text has beyond its common start
 prompt, so a merge across the border is scored as part of the answer.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
 from zo_core.errors import UserError
 from zo_core.tasks.catalog import TaskInfo
+from zo_core.tasks.prompts import Row
+
+NEW_TOKENS = 50
+"""Longest generated answer; at most half the context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +32,19 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A row, rendered and tokenised."""
+    """A row, rendered and tokenised.
+
+    As evaluated it has every candidate. As trained on the gold option it is :attr:`gold`, with the
+    right candidate alone.
+    """
 
     candidates: tuple[Candidate, ...]
     label: int
     truncated: bool
+    prompt: tuple[int, ...] = ()
+    """What an answer is generated from; empty where none is."""
+    references: tuple[str, ...] = ()
+    """Right answers that a generated one is compared with."""
 
     @property
     def rows(self) -> list[tuple[int, ...]]:
@@ -43,10 +55,25 @@ class Example:
         """
         return list(dict.fromkeys(c.tokens[:-1] for c in self.candidates))
 
+    @property
+    def gold(self) -> "Example":
+        """The example with its right candidate alone."""
+        return replace(self, candidates=(self.candidates[self.label],), label=0)
 
-def encode(
-    task: TaskInfo, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, context: int
-) -> Example:
+
+def encode_rows(
+    task: TaskInfo,
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    training: bool = False,
+) -> list[Example]:
+    """Render and tokenise rows; with ``training``, as the task's loss needs them."""
+    examples = [encode(task, row, tokenizer, context) for row in rows]
+    return [e.gold for e in examples] if training and task.loss == "gold" else examples
+
+
+def encode(task: TaskInfo, row: Row, tokenizer: PreTrainedTokenizerBase, context: int) -> Example:
     """Render and tokenise a row.
 
     Args:
@@ -56,39 +83,78 @@ def encode(
         context: longest sequence; longer prompts lose tokens on the left, after BOS.
 
     Raises:
-        UserError: a candidate has no token of its own.
+        UserError: a candidate has no token of its own, two are the same tokens, or an answer does
+            not fit the context.
     """
-    prompt = task.prompt.format(**{name: str(row[name]) for name in task.fields})
-    prefix = _without_ending(tokenizer(prompt)["input_ids"], tokenizer)
-    candidates = []
-    for word in task.candidates:
-        tokens = _without_ending(tokenizer(f"{prompt} {word}")["input_ids"], tokenizer)
-        start = 0
-        for a, b in zip(prefix, tokens, strict=False):
-            if a != b:
-                break
-            start += 1
-        if start == len(tokens) or start == 0:
+    shown = task.render(row)
+    prefix = _tokens(shown.prompt, tokenizer)
+    found = []
+    for option, text in zip(shown.options, shown.continuations, strict=True):
+        tokens = _tokens(shown.prompt + text, tokenizer)
+        start = _common(prefix, tokens)
+        if start == len(tokens):
             raise UserError(
-                f"task: the candidate {word!r} of {task.name} adds no token to the prompt "
-                f"{prompt[-40:]!r}."
+                f"task: the candidate {option!r} of {task.name} adds no token to the prompt "
+                f"{shown.prompt[-40:]!r}."
             )
-        candidates.append((tokens, start))
-    longest = max(len(tokens) for tokens, _ in candidates)
-    excess = max(0, longest - context)
+        if start == 0:
+            raise UserError(
+                f"task: the prompt {shown.prompt[-40:]!r} of {task.name} has no token before "
+                f"{option!r}: nothing could predict it."
+            )
+        found.append((tokens, start))
+    _check_different(task, found, shown.options)
     openings = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
     bos = int(prefix[0] in openings)
+    excess = max(0, max(len(tokens) for tokens, _ in found) - context)
+    if any(start - excess < max(1, bos) for _, start in found):
+        raise UserError(
+            f"task: an answer of {task.name} has more tokens than the model's context of {context} "
+            f"has room for: {shown.options[0][:40]!r}."
+        )
+    prompt: list[int] = []
+    if task.generates:
+        room = min(NEW_TOKENS, context // 2)
+        prompt = _cut(prefix, bos, max(0, len(prefix) + room - context))
     return Example(
         candidates=tuple(
-            Candidate(tuple(tokens[:bos] + tokens[bos + excess :]), start - excess)
-            for tokens, start in candidates
+            Candidate(tuple(_cut(tokens, bos, excess)), start - excess) for tokens, start in found
         ),
-        label=int(row[task.label_field]),
-        truncated=excess > 0,
+        label=shown.label,
+        truncated=excess > 0 or (task.generates and len(prompt) < len(prefix)),
+        prompt=tuple(prompt),
+        references=shown.references,
     )
 
 
-def _without_ending(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _common(one: list[int], other: list[int]) -> int:
+    """Length of the common start."""
+    same = (a == b for a, b in zip(one, other, strict=False))
+    return next((i for i, equal in enumerate(same) if not equal), min(len(one), len(other)))
+
+
+def _cut(tokens: list[int], bos: int, excess: int) -> list[int]:
+    """Without ``excess`` tokens on the left, after BOS."""
+    return tokens[:bos] + tokens[bos + excess :]
+
+
+def _check_different(
+    task: TaskInfo, found: list[tuple[list[int], int]], options: tuple[str, ...]
+) -> None:
+    """Refuse candidate words that the tokenizer cannot tell apart (both unknown, or one case)."""
+    seen: dict[tuple[int, ...], str] = {}
+    for (tokens, _), option in zip(found, options, strict=True):
+        other = seen.setdefault(tuple(tokens), option)
+        if task.candidates and other is not option:
+            raise UserError(
+                f"task: the candidates {other!r} and {option!r} of {task.name} are the same tokens "
+                "to this model's tokenizer."
+            )
+
+
+def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens without the EOS or SEP that some tokenizers close a text with."""
+    # Not verbose: a text longer than the context is cut later, and counted.
+    tokens: list[int] = tokenizer(text, verbose=False)["input_ids"]
     special = {tokenizer.eos_token_id, tokenizer.sep_token_id}
     return tokens[:-1] if tokens and tokens[-1] in special - {None} else tokens

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from zo_core.errors import UserError
 from zo_core.jobs import ScanJob
 from zo_core.tasks.catalog import SAMPLES
-from zo_core.tasks.data import load_task
+from zo_core.tasks.data import load_job_task
 
 SHORTEST = 4
 """Tokens below which a text says nothing of a layer."""
@@ -22,9 +22,8 @@ def texts_of(job: ScanJob) -> list[str]:
     if job.text == "prompt":
         return [job.prompt or ""]
     if job.text == "task":
-        data = load_task(job.task, job.data_dir)
-        rows = data.train[: job.sequences]
-        return [data.task.prompt.format(**{f: str(r[f]) for f in data.task.fields}) for r in rows]
+        data = load_job_task(job, dev_examples=0)
+        return [data.task.render(row).prompt for row in data.train[: job.sequences]]
     lines = (SAMPLES / "passages.jsonl").read_text().splitlines()
     return [json.loads(line)["text"] for line in lines][: job.sequences]
 
