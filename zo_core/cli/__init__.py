@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from zo_core import backend
-from zo_core.bench import as_dict, run_bench
+from zo_core.bench.main_job import as_dict, run_bench
 from zo_core.cli import runs as runs_commands
 from zo_core.cli.launch import follow, launch, report, writable
 from zo_core.cli.options import with_job_options

@@ -13,7 +13,7 @@ from itertools import accumulate
 
 import torch
 
-from zo_core.zo.packing import Borders, Packing
+from zo_core.zo.packing import Borders, Packing, upload
 
 FINEST = 64
 """Tokens are rounded up to this many at least: two copies then fill whole tiles of 128 rows."""
@@ -227,14 +227,14 @@ class GraphedForward:
                 copies,
             ),
         ]
-        both = torch.tensor(borders, dtype=torch.int32).to(self._device, non_blocking=True)
+        both = upload(torch.tensor(borders, dtype=torch.int32), self._device)
         slots.packing.query_borders.copy_(both[0])
         slots.packing.key_borders.copy_(both[1])
         if bucket.shared:
             found = torch.full((bucket.keys,), tokens, dtype=torch.int64)
             known = [k for keys in packing.keys for k in keys]
             found[: len(known)] = torch.tensor(known)
-            index = found.to(self._device, non_blocking=True)
+            index = upload(found, self._device)
             slots.packing.key_index.view(copies, -1).copy_(index + offsets)
 
     def _capture(self, slots: Slots) -> None:

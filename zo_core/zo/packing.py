@@ -163,8 +163,15 @@ def pack(
             lengths.append(len(own))
             keys.append(places[-1] if common else own)
     packing = Packing(device, tuple(lengths), tuple(keys))
-    both = torch.tensor([ids, positions]).to(device, non_blocking=True)
+    both = upload(torch.tensor([ids, positions]), device)
     return both[:1], both[1:], packing, _padded(places, torch.device("cpu"))
+
+
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on a device; from pinned memory, so that nobody waits for the copy."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 class Borders(Protocol):
@@ -303,6 +310,9 @@ def _varlen(
     window: int,
 ) -> torch.Tensor:
     """Flash attention over segments: query [heads, T, D], the others [key heads, T, D]."""
+    repeats = query.shape[0] // key.shape[0]
+    if repeats > 1:  # not every torch that has this function lets heads share keys
+        key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
     k, v = key.transpose(0, 1), value.transpose(0, 1)
     if packing.shared:
         k, v = k[packing.key_index], v[packing.key_index]
@@ -316,7 +326,6 @@ def _varlen(
         packing.longest_key,
         scale=scaling,
         window_size=(window - 1, 0),
-        enable_gqa=query.shape[0] != key.shape[0],
     )
     return out
 
@@ -353,9 +362,9 @@ def _common_start(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def _borders(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+    return upload(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
 
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
     width = max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows]).to(device)
+    return upload(torch.tensor([[*row, *[0] * (width - len(row))] for row in rows]), device)

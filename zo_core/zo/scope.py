@@ -18,7 +18,7 @@ import torch
 from zo_core.errors import UserError
 from zo_core.models.load import LoadedModel
 from zo_core.models.memory import NOISE_BOUND
-from zo_core.zo.noise import perturbation
+from zo_core.zo.noise import key, perturbation
 
 NO_DECAY = re.compile(r"bias|norm|ln_", re.IGNORECASE)
 """Parameters that weight decay leaves alone: biases and every kind of norm."""
@@ -75,6 +75,11 @@ class Point:
     draw: Draw
     scale: float
 
+    @property
+    def opposite(self) -> "Point":
+        """The point on the other side."""
+        return Point(self.draw, -self.scale)
+
 
 class TunedScope:
     """Working weights of a scope with their fp32 master. ``close`` leaves the model as it was."""
@@ -94,6 +99,8 @@ class TunedScope:
         self._keep_noise = self.size <= NOISE_BOUND
         self._noise: dict[str, torch.Tensor] = {}
         self._noise_of: Draw | None = None
+        self._keys_of: Draw | None = None
+        self._keys_there = torch.empty(0)
 
     def z(self, name: str, draw: Draw) -> torch.Tensor:
         """The perturbation of one parameter; small scopes keep it for the length of a step."""
@@ -129,9 +136,48 @@ class TunedScope:
             points: n points.
             out: parameter name -> n tensors like the parameter.
         """
+        if len(points) == 2 and self.fusible and points == (points[0], points[0].opposite):
+            self._write_pair(points[0], out)
+            return
         for name, tensors in out.items():
             for point, tensor in zip(points, tensors, strict=True):
                 tensor.copy_(self.weights_at(name, point))
+
+    @property
+    def fusible(self) -> bool:
+        """Whether the fused CUDA kernels do what this scope does."""
+        return all(p.is_cuda and p.is_contiguous() for p in self.parameters.values())
+
+    def _keys(self, draw: Draw) -> torch.Tensor:
+        """Philox keys of the parameters, int64 [P] on the device, in their order."""
+        if self._keys_of != draw:
+            keys = [key(draw.seed, draw.step, name, draw.direction) for name in self.parameters]
+            signed = torch.tensor(keys, dtype=torch.uint64).view(torch.int64)
+            device = next(iter(self.parameters.values())).device
+            self._keys_there = signed.pin_memory().to(device, non_blocking=True)
+            self._keys_of = draw
+        return self._keys_there
+
+    def _write_pair(self, point: Point, out: Mapping[str, Sequence[torch.Tensor]]) -> None:
+        from zo_core.zo.kernels.noise import perturb_pair
+
+        keys, noise = self._keys(point.draw), point.draw.noise
+        for which, (name, master) in enumerate(self.master.items()):
+            plus, minus = out[name]
+            perturb_pair(noise, master, plus, minus, keys, which, point.scale)
+
+    def step_along(self, draw: Draw, alpha: torch.Tensor) -> None:
+        """``master += alpha z``, and the working weights from it, without waiting for the device.
+
+        Args:
+            draw: of z.
+            alpha: float32 scalar on the device.
+        """
+        from zo_core.zo.kernels.noise import step
+
+        keys = self._keys(draw)
+        for which, (name, master) in enumerate(self.master.items()):
+            step(draw.noise, master, self.parameters[name], keys, which, alpha)
 
     @torch.no_grad()
     def perturb(self, point: Point) -> None:

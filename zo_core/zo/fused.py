@@ -1,0 +1,65 @@
+"""ZO-SGD steps queued on a GPU: nothing waits for the host, the ledger is read a step later.
+
+The projected gradient goes from the losses to the update on the device, in the arithmetic of the
+loop that waits (:mod:`zo_core.zo.trainer`): float64 for g and ``-lr g``, one rounding to float32.
+Perturbation and update are the fused kernels of :mod:`zo_core.zo.kernels.noise`. A loss that is not
+finite freezes the weights on the device from that step on, until the host hears of it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from zo_core.tasks.scoring import task_loss
+from zo_core.zo.forward import Forward, Prepared
+from zo_core.zo.scope import Draw, Point, TunedScope
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """A step whose results are on their way."""
+
+    step: int
+    lr: float
+    values: torch.Tensor
+    """float64 [3], pinned: g and the losses at plus and minus, once ``arrived``."""
+    arrived: torch.cuda.Event
+
+    def read(self) -> tuple[float, float, float]:
+        """Wait for the results: g, loss at plus, loss at minus."""
+        self.arrived.synchronize()
+        g, plus, minus = self.values.tolist()
+        return g, plus, minus
+
+
+class FusedSteps:
+    """Launches ZO-SGD steps of one direction, two-sided, without weight decay or masks."""
+
+    def __init__(self, forward: Forward, scope: TunedScope, eps: float) -> None:
+        """Take charge of a scope on a GPU.
+
+        Args:
+            forward: the fast path.
+            scope: see :attr:`TunedScope.fusible`.
+            eps: perturbation scale.
+        """
+        self._forward, self._scope, self._eps = forward, scope, eps
+        device = next(iter(scope.parameters.values())).device
+        self._alive = torch.ones((), dtype=torch.bool, device=device)
+
+    @torch.no_grad()
+    def launch(self, prepared: Prepared, draw: Draw, lr: float) -> Queued:
+        """Queue a step on a batch."""
+        scope = self._scope
+        points = (Point(draw, self._eps), Point(draw, -self._eps))
+        pair = self._forward.logits_at(prepared, scope, points)
+        plus, minus = (task_loss(logits, prepared.scored).double() for logits in pair)
+        g = (plus - minus) / (2 * self._eps)
+        self._alive &= g.isfinite()
+        alpha = torch.where(self._alive, g * -lr, 0.0).float()
+        scope.step_along(draw, alpha)
+        values = torch.empty(3, dtype=torch.float64, pin_memory=True)
+        values.copy_(torch.stack((g, plus, minus)), non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return Queued(draw.step, lr, values, arrived)
