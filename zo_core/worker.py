@@ -32,6 +32,7 @@ RECIPES = {
     "scan": "zo_core.recipes.scan:run_scan",
     "probe": "zo_core.recipes.probe:run_probe",
     "tune": "zo_core.recipes.tune:run_tune",
+    "replay": "zo_core.recipes.replay:run_replay",
 }
 RESIDENT = "zo_core.models.resident"
 TICK = 0.25

@@ -12,6 +12,7 @@ PAGE_OF_KIND = {
     "scan": PAGES["outliers"],
     "probe": PAGES["sensitivity"],
     "tune": PAGES["fine_tune"],
+    "replay": PAGES["runs"],
     "load": PAGES["model"],
     "unload": PAGES["model"],
 }
@@ -20,6 +21,7 @@ KIND_TITLES = {
     "scan": "Activation scan",
     "probe": "Sensitivity probe",
     "tune": "Fine-tuning",
+    "replay": "Replay",
     "load": "Load",
     "unload": "Unload",
 }

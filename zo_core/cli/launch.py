@@ -14,6 +14,7 @@ from zo_core.errors import UserError
 from zo_core.jobs import JOB, explain
 from zo_core.models.catalog import describe, resolve
 from zo_core.runs import Run, Status, to_json
+from zo_core.scope_spec import parse
 from zo_core.settings import settings
 from zo_core.tasks.catalog import TASKS, find_task
 
@@ -62,12 +63,11 @@ def check(job: Any) -> None:
     """
     if hasattr(job, "task"):
         find_task(job.task)
-    if job.kind == "unload" or resolve(job.model)[0] == "hub":
+    if not hasattr(job, "model") or resolve(job.model)[0] == "hub":
         return  # the worker asks the hub
     layers = list(getattr(job, "layers", None) or [])
-    scope = getattr(job, "scope", "")
-    if scope.startswith("layer:") and scope != "layer:auto":
-        layers.append(int(scope.removeprefix("layer:")))
+    if hasattr(job, "scope"):
+        layers += parse(job.scope).numbers
     info = describe(job.model, job.revision)
     for layer in layers:
         if layer >= info.n_layers:
@@ -122,11 +122,12 @@ def report(run: Run, status: Status, as_json: bool) -> None:
     """Print the result and exit with the code of the outcome."""
     summary = run.result_json() or {}
     if status.state == "done":
+        differs = run.job.kind == "replay" and not summary["identical"]
         if as_json:
             typer.echo(to_json({"run_id": run.run_id, **summary}))
         else:
             _print_summary(run, summary)
-        raise typer.Exit(0)
+        raise typer.Exit(FAILED if differs else 0)
     sentence = status.error or status.message or f"The run was {status.state}."
     typer.echo(f"{status.state.capitalize()}: {sentence}", err=True)
     if run.job.kind == "tune" and status.step:
@@ -151,9 +152,15 @@ def _print_summary(run: Run, summary: dict[str, Any]) -> None:
     elif kind == "tune":
         before, after = summary["before"], summary["after"]
         typer.echo(
-            f"{summary['scope']} (layer {summary['layer']})  "
+            f"{summary['resolved_scope']} ({summary['tuned_parameters']} parameters)  "
             f"accuracy {before['accuracy']:.4f} -> {after['accuracy']:.4f}  "
             f"loss {before['loss']:.4f} -> {after['loss']:.4f}  "
             f"{summary['steps_per_second']:.2f} steps/s, {summary['forward_passes']} forward passes"
+        )
+    elif kind == "replay":
+        verdict = "bit for bit the checkpoint" if summary["identical"] else "NOT the checkpoint"
+        typer.echo(
+            f"{summary['run_id']}: {summary['steps']} steps replayed on {summary['device']}, "
+            f"{verdict} (largest difference {summary['max_difference']:g})"
         )
     typer.echo(f"{run.path}")

@@ -106,9 +106,8 @@ class ReferenceForward:
         ids, mask = _pad(rows, left=True, device=self._loaded.device)
         return Prepared(ids, mask, None, scored)
 
-    @torch.no_grad()
     def logits(self, prepared: Prepared) -> torch.Tensor:
-        """Logits [U, V] at the scored places."""
+        """Logits [U, V] at the scored places, with gradients where a weight requires them."""
         assert prepared.mask is not None
         output = self._loaded.model(
             input_ids=prepared.input_ids,
