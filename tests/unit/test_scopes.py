@@ -265,7 +265,7 @@ def test_lora_starts_as_the_model_and_is_a_function_of_the_seed(
     family: Callable[..., LoadedModel], name: str
 ) -> None:
     """B = 0 leaves the logits as they were; A depends on seed and name alone."""
-    loaded = family(name)
+    loaded = family(name, "bfloat16" if name == "qwen3" else "float32")
     before = logits(loaded)
     seen = []
     for seed in (0, 0, 1):
@@ -284,9 +284,16 @@ def test_lora_starts_as_the_model_and_is_a_function_of_the_seed(
 def test_lora_of_an_unknown_family_is_one_sentence(
     family: Callable[..., LoadedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    loaded = family("llama")
+    attributes = set(vars(loaded.model))
+    with monkeypatch.context() as patch:
+        patch.setitem(lora.TARGETS, "llama", ["c_attn"])
+        with pytest.raises(UserError, match="finds no q and v"):
+            select(loaded, parse("lora"))
+    assert set(vars(loaded.model)) == attributes
     monkeypatch.delitem(lora.TARGETS, "llama")
     with pytest.raises(UserError, match="which modules of a llama model are q and v"):
-        select(family("llama"), parse("lora"))
+        select(loaded, parse("lora"))
 
 
 @pytest.mark.parametrize("name", list(families.CONFIGS))

@@ -64,12 +64,24 @@ def select(loaded: LoadedModel, spec: ScopeSpec, dominant: int | None, seed: int
     """The adapters' matrices A [8, in] and B [out, 8]."""
     layer = spec.numbers[0] if spec.layers else None
     model: nn.Module = loaded.model
-    injected = LoraModel(model, {ADAPTER: _config(loaded, layer)}, ADAPTER)
+    config = _config(loaded, layer)
+
+    def forget() -> None:
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+
+    try:
+        injected = LoraModel(model, {ADAPTER: config}, ADAPTER)
+    except ValueError as error:
+        forget()
+        raise UserError(
+            f"scope: peft finds no q and v of {loaded.name} where it expects them: choose "
+            "layer:<k> or attention:<k>."
+        ) from error
 
     def undo() -> None:
         injected.unload()
-        if hasattr(model, "peft_config"):
-            del model.peft_config
+        forget()
 
     parameters: dict[str, torch.Tensor] = {
         n: p for n, p in model.named_parameters() if ".lora_" in n
