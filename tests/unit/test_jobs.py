@@ -199,7 +199,7 @@ def test_recommended_lr_is_used_when_none_is_given() -> None:
     assert TuneJob().effective_lr == recommended_lr("demo", "layer:auto")
     assert TuneJob(scope="full").effective_lr < TuneJob().effective_lr
     assert TuneJob(model="gpt2").effective_lr == 1e-6
-    assert TuneJob(optimizer="sign").effective_lr == TuneJob().effective_lr / 10
+    assert TuneJob(optimizer="momentum").effective_lr == TuneJob().effective_lr * 0.1
     for form in FORMS.values():
         assert 0 < recommended_lr("demo", form.example, "adamw") <= 1
     assert TuneJob(lr=0.5).effective_lr == 0.5
