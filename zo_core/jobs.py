@@ -231,9 +231,10 @@ def recommended_lr(model: str, scope: str, optimizer: str = "zo-sgd") -> float:
     Looked at in one short run each (demo, reviews, batch 8, 100 steps, seed 0; the loss fell as for
     zo-sgd): ``momentum`` at a tenth, as it sums 1 / (1 - 0.9) steps; ``sign`` at ten times, as it
     moves entries by lr where zo-sgd moves them by ``lr |g z|`` with |g| of about 4; ``adamm`` at
-    the same; ``mlp`` and ``channels`` as one layer. Guesses to search around: every other scope,
-    adamw, and for other models the middle of the paper's grid, MeZO's larger one for LoRA and
-    prefix, and 1e-5 for adamw.
+    the same; ``mlp`` and ``channels`` as one layer; ``adamw`` on one layer. One layer's LoRA learns
+    slowly at its rate and diverges at ten times that. Guesses to search around: every other scope,
+    and for other models the middle of the paper's grid, MeZO's larger one for LoRA and prefix, and
+    1e-5 for adamw.
     """
     form = scope.partition(":")[0]
     demo = model == "demo"

@@ -25,7 +25,7 @@ SMALL = {"batch_size": 2, "steps": 4, "train_examples": 16, "eval_examples": 8, 
 CASES: list[dict[str, Any]] = [
     {"scope": "attention:auto", "optimizer": "momentum", "directions": 2, "accumulate": 2},
     {"scope": "channels:auto:top1%", "estimator": "one-sided", "noise": "sphere"},
-    {"scope": "mlp:3", "precision": "inplace", "dtype": "bfloat16", "optimizer": "conservative"},
+    {"scope": "mlp:3", "precision": "inplace", "optimizer": "conservative"},
     {"scope": "random-layer:1", "precision": "fp32", "optimizer": "adamm"},
     {"scope": "lora:auto", "schedule": "cosine", "warmup_steps": 2},
     {"scope": "prefix", "optimizer": "sign"},
