@@ -227,7 +227,7 @@ KINDS: dict[str, type[BaseModel]] = {
 def recommended_lr(model: str, scope: str, optimizer: str = "zo-sgd") -> float:
     """Learning rate used when none is given.
 
-    Measured for the demo model with zo-sgd: one layer and the full model (README, "Results").
+    Measured for the demo model with zo-sgd: one layer (README, "Results"; it shows no full run).
     Looked at in one short run each (demo, reviews, batch 8, 100 steps, seed 0; the loss fell as for
     zo-sgd): ``momentum`` at a tenth, as it sums 1 / (1 - 0.9) steps; ``sign`` at ten times, as it
     moves entries by lr where zo-sgd moves them by ``lr |g z|`` with |g| of about 4; ``adamm`` at
