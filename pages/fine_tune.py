@@ -11,13 +11,21 @@ from pages.parts.frame import begin
 from pages.parts.live_chart import live_chart
 from pages.parts.own_task import own_fields
 from pages.parts.preview import preview
+from pages.parts.tune_fields import advanced, integers, numbered_layers
 from pages.parts.words import count, duration, layer_name, plain
-from zo_core import export, plots, runs
+from zo_core import export, plots, runs, scope_spec
 from zo_core.jobs import TuneJob, command_line, recommended_lr
 from zo_core.tasks.catalog import METRIC_NAMES, OWN
 
-SCOPES = {"auto": "Dominant layer (auto)", "layer": "One layer", "full": "All layers"}
+SCOPES = {
+    "auto": "Dominant layer (auto)",
+    "layer": "One layer",
+    "full": "All layers",
+    "other": "Other",
+}
 FIELDS = TuneJob.model_fields
+ROUNDED_AWAY = 0.99
+"""Share of weights that an update changes below which the page says that updates round away."""
 ONE_LAYER = re.compile(r"^layer:(\d{1,5})$")
 
 
@@ -33,6 +41,9 @@ def adopt_link() -> None:
         st.session_state["tune_layer"] = int(layer[1])
     elif scope in ("full", "layer:auto"):
         st.session_state["tune_scope"] = "full" if scope == "full" else "auto"
+    else:
+        st.session_state["tune_scope"] = "other"
+        st.session_state["tune_scope_text"] = scope[:200]
     st.session_state["tune_form_open"] = True
 
 
@@ -56,6 +67,22 @@ def pick_scope(choice: Choice) -> str:
             layer = st.number_input(
                 "Layer (0-based)", step=1, key="tune_layer", width=160, persist_state="session"
             )
+        if kind == "other":
+            st.session_state.setdefault("tune_scope_text", "attention:auto")
+            text = st.text_input(
+                "Scope",
+                key="tune_scope_text",
+                width=260,
+                max_chars=200,
+                persist_state="session",
+                help="\n".join(f"* `{f.syntax}`: {f.meaning}" for f in scope_spec.FORMS.values()),
+            )
+    if kind == "other":
+        meaning = next(
+            (f.meaning for f in scope_spec.FORMS.values() if f.pattern.fullmatch(text.strip())), ""
+        )
+        st.caption(f"{meaning[:1].upper()}{meaning[1:]}." if meaning else scope_spec.SYNTAX)
+        return text.strip()
     if kind == "full":
         st.caption("Every parameter of the model is perturbed and updated.")
         return "full"
@@ -76,24 +103,11 @@ def pick_scope(choice: Choice) -> str:
     return "layer:auto"
 
 
-def integers(values: dict, names: dict[str, str], width: int = 120) -> None:
-    """Number fields of a job spec, by field name and label."""
-    for name, label in names.items():
-        values[name] = st.number_input(
-            label,
-            value=FIELDS[name].default,
-            step=1,
-            key=f"tune_{name}",
-            width=width,
-            help=FIELDS[name].description,
-            persist_state="session",
-        )
-
-
 def form(choice: Choice) -> None:
     """The fields of a tuning run: the usual ones, then the rest."""
     scope = pick_scope(choice)
     values: dict = {"scope": scope}
+    optimizer = st.session_state.get("tune_optimizer", FIELDS["optimizer"].default)
     with st.container(horizontal=True):
         values["task"] = task_picker("tune")
         integers(values, {"steps": "Steps", "batch_size": "Batch size", "seed": "Seed"})
@@ -104,7 +118,7 @@ def form(choice: Choice) -> None:
             format="%g",
             key="tune_lr",
             width=250,
-            placeholder=f"{recommended_lr(choice.model, scope):g}",
+            placeholder=f"{recommended_lr(choice.model, scope, optimizer):g}",
             persist_state="session",
         )
         values["eps"] = st.number_input(
@@ -138,13 +152,6 @@ def form(choice: Choice) -> None:
             width=150,
             persist_state="session",
         )
-        values["noise"] = st.selectbox(
-            "Distribution of z",
-            ["gaussian", "rademacher"],
-            key="tune_noise",
-            width=170,
-            persist_state="session",
-        )
         values["path"] = st.selectbox(
             "Forward path",
             ["auto", "fast", "reference"],
@@ -154,6 +161,8 @@ def form(choice: Choice) -> None:
             persist_state="session",
         )
         values["data_dir"] = data_folder("tune")
+    with st.expander("Advanced", key="tune_advanced"):
+        advanced(values)
     if values["task"] == OWN:
         values |= own_fields("tune")
     preview("tune", values, choice)
@@ -162,9 +171,7 @@ def form(choice: Choice) -> None:
         values | choice.fields(),
         "Fine-tune",
         key="start_tune",
-        problem=missing_layers(choice, [int(layer[1])])
-        if (layer := ONE_LAYER.match(scope))
-        else "",
+        problem=missing_layers(choice, numbered_layers(scope)),
     )
 
 
@@ -246,6 +253,11 @@ def facts(entry: history.Entry, metrics: curve.Curve) -> None:
     cut = sum((status.details.get("truncated") or {}).values())
     if cut:
         notes.append(f"{cut:,} rows cut on the left to fit the context")
+    if entry.job.optimizer != FIELDS["optimizer"].default:
+        notes.append(f"optimizer {entry.job.optimizer}")
+    changed = summary.get("changed")
+    if changed is not None and changed < ROUNDED_AWAY:
+        notes.append(f"an update changes {100 * changed:.3g} % of the weights in this precision")
     path = summary.get("path") or status.details.get("path")
     if path:
         reason = summary.get("path_reason")
@@ -350,7 +362,7 @@ def downloads(entry: history.Entry) -> None:
 
 begin(
     "Fine-tune",
-    "Zeroth-order SGD estimates the gradient from two forward passes a step, without "
+    "Zeroth-order optimization estimates the gradient from two forward passes a step, without "
     "backpropagation. The Dominant-Layer paper reports that tuning one layer, the first outlier "
     "layer, matches tuning all of them and is faster: see whether it does on your model.",
 )

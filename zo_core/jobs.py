@@ -6,7 +6,6 @@ anything is loaded; :func:`explain` turns a validation error into one sentence.
 """
 
 import math
-import re
 import shlex
 from pathlib import Path
 from string import Formatter
@@ -22,20 +21,28 @@ from pydantic import (
     model_validator,
 )
 
+from zo_core import scope_spec
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
-Noise = Literal["gaussian", "rademacher"]
+Noise = Literal["gaussian", "rademacher", "sphere"]
 Rule = Literal["emergence", "massive", "systematic"]
 TextSource = Literal["sample", "prompt", "task"]
 Bos = Literal["auto", "add", "none"]
 ForwardPath = Literal["auto", "fast", "reference"]
+Optimizer = Literal["zo-sgd", "momentum", "sign", "conservative", "adamm", "adamw"]
+Estimator = Literal["two-sided", "one-sided"]
+Schedule = Literal["constant", "linear", "cosine"]
+Precision = Literal["fp32-master", "inplace", "fp32"]
 
-DEMO_LAYER_LR = 5e-4
-DEMO_FULL_LR = 1e-5
 PAPER_LR = 1e-6
 """Middle of the paper's grid {1e-7, 5e-7, 1e-6, 5e-6}, used for every model but the demo."""
-
-SCOPE_PATTERN = re.compile(r"full|layer:(auto|\d+)")
+LORA_LR = 1e-4
+"""MeZO's larger learning rate for LoRA and prefixes, used for every model but the demo."""
+ADAMW_LR = 1e-5
+DEMO_LR = {"full": 1e-5, "all-but": 1e-5, "sparse": 1e-5, "lora": 5e-3, "prefix": 1e-2}
+DEMO_LAYER_LR = 5e-4
+DEMO_ADAMW_LR = 1e-4
 
 
 class ModelFields(BaseModel):
@@ -160,14 +167,30 @@ class ProbeJob(TaskFields):
 
 
 class TuneJob(TaskFields):
-    """Zeroth-order fine-tuning of a scope with ZO-SGD."""
+    """Fine-tuning of a scope: zeroth-order, or with AdamW as the first-order baseline."""
 
     kind: Literal["tune"] = "tune"
-    scope: str = Field("layer:auto", description="full, layer:auto or layer:<k>, 0-based")
-    rule: Rule = Field("emergence", description="outlier rule that layer:auto follows")
-    steps: int = Field(1000, ge=1, le=10_000_000, description="ZO-SGD steps")
+    scope: str = Field(
+        "layer:auto",
+        max_length=200,
+        description=f"what is tuned: {scope_spec.SYNTAX}; <k> is auto or a 0-based layer",
+    )
+    rule: Rule = Field("emergence", description="outlier rule that auto follows")
+    steps: int = Field(1000, ge=1, le=10_000_000, description="optimizer steps")
     lr: float | None = Field(None, gt=0, le=1e3, description="none given: recommended_lr")
-    weight_decay: float = Field(0.0, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0, le=1, description="decoupled; not on biases and norms")
+    optimizer: Optimizer = Field("zo-sgd", description="adamw: first-order baseline")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of optimizer=momentum")
+    beta1: float = Field(0.9, ge=0, lt=1, description="of adamm and adamw: mean of gradients")
+    beta2: float = Field(0.999, ge=0, lt=1, description="of adamm and adamw: mean of squares")
+    estimator: Estimator = Field("two-sided", description="one-sided: one forward pass a direction")
+    directions: int = Field(1, ge=1, le=1024, description="draws of z a step")
+    accumulate: int = Field(1, ge=1, le=4096, description="micro-batches of batch_size a step")
+    schedule: Schedule = Field("constant", description="of the learning rate, after the warm-up")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    precision: Precision = Field(
+        "fp32-master", description="inplace: weights drift as in published code; fp32: load so"
+    )
     train_examples: int = Field(1000, ge=1, description="at most so many training rows")
     dev_examples: int | None = Field(
         None, ge=0, description="training rows held out; none given: 500, or 100 of a small task"
@@ -182,16 +205,58 @@ class TuneJob(TaskFields):
     @field_validator("scope")
     @classmethod
     def _scope_is_known(cls, value: str) -> str:
-        if not SCOPE_PATTERN.fullmatch(value):
-            raise ValueError(
-                f"{value!r} is unknown: choose full, layer:auto or layer:<k>, as layer:3"
-            )
+        scope_spec.parse(value)
         return value
+
+    @model_validator(mode="after")
+    def _fields_go_together(self) -> "TuneJob":
+        if self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"warmup_steps must be below steps: {self.warmup_steps} of {self.steps} leave none"
+            )
+        if self.precision == "fp32" and self.dtype not in ("auto", "float32"):
+            raise ValueError("precision fp32 loads float32 weights: leave dtype at auto")
+        if self.optimizer == "adamw":
+            if self.precision == "inplace":
+                raise ValueError("precision inplace is for zeroth-order optimizers: not for adamw")
+            for name in ("directions", "estimator"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"{name} is for zeroth-order optimizers: leave it out of adamw"
+                    )
+        if self.path == "fast" and self.reference_only:
+            raise ValueError(f"path fast is not possible: {self.reference_only}: choose auto")
+        return self
+
+    @property
+    def reference_only(self) -> str:
+        """Why only the reference path can run this job; empty if both can."""
+        if self.optimizer == "adamw":
+            return "adamw takes gradients through the reference path"
+        if self.precision == "inplace":
+            return "precision inplace moves the weights as published code does"
+        if self.scope == "prefix":
+            return "a prefix enters through the reference path"
+        return ""
 
     @property
     def effective_lr(self) -> float:
-        """The learning rate the run uses."""
-        return self.lr if self.lr is not None else recommended_lr(self.model, self.scope)
+        """The learning rate the run uses, at the top of its schedule."""
+        if self.lr is not None:
+            return self.lr
+        return recommended_lr(self.model, self.scope, self.optimizer)
+
+
+class ReplayJob(BaseModel):
+    """Rebuild a run's tuned weights from base weights and ledger, and compare."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    kind: Literal["replay"] = "replay"
+    run: str = Field(
+        ..., pattern=r"^\d{8}-\d{6}-tune-[0-9a-f]{6}$", description="id of a tuning run"
+    )
+    device: Device = Field("auto", description="auto: GPU if any")
 
 
 class PreviewJob(TaskChoice):
@@ -217,7 +282,8 @@ class UnloadJob(BaseModel):
 
 
 Job = Annotated[
-    ScanJob | ProbeJob | TuneJob | PreviewJob | LoadJob | UnloadJob, Field(discriminator="kind")
+    ScanJob | ProbeJob | TuneJob | PreviewJob | ReplayJob | LoadJob | UnloadJob,
+    Field(discriminator="kind"),
 ]
 JOB: TypeAdapter[Job] = TypeAdapter(Job)
 KINDS: dict[str, type[BaseModel]] = {
@@ -263,14 +329,27 @@ def check_template(template: str) -> None:
         raise ValueError('names no field: write one in braces, as "{sentence} It was"')
 
 
-def recommended_lr(model: str, scope: str) -> float:
+def recommended_lr(model: str, scope: str, optimizer: str = "zo-sgd") -> float:
     """Learning rate used when none is given.
 
-    Measured for the demo model (README, "Results"); the middle of the paper's grid otherwise.
+    Measured for the demo model with zo-sgd: one layer (README, "Results"; it shows no full run).
+    Looked at in one short run each (demo, reviews, batch 8, 100 steps, seed 0; the loss fell as for
+    zo-sgd): ``momentum`` at a tenth, as it sums 1 / (1 - 0.9) steps; ``sign`` at ten times, as it
+    moves entries by lr where zo-sgd moves them by ``lr |g z|`` with |g| of about 4; ``adamm`` at
+    the same; ``mlp`` and ``channels`` as one layer; ``adamw`` on one layer. One layer's LoRA learns
+    slowly at its rate and diverges at ten times that. Guesses to search around: every other scope,
+    and for other models the middle of the paper's grid, MeZO's larger one for LoRA and prefix, and
+    1e-5 for adamw.
     """
-    if model != "demo":
-        return PAPER_LR
-    return DEMO_FULL_LR if scope == "full" else DEMO_LAYER_LR
+    form = scope.partition(":")[0]
+    demo = model == "demo"
+    if optimizer == "adamw":
+        return DEMO_ADAMW_LR if demo else ADAMW_LR
+    if demo:
+        lr = DEMO_LR.get(form, DEMO_LAYER_LR)
+    else:
+        lr = LORA_LR if form in ("lora", "prefix") else PAPER_LR
+    return lr * {"momentum": 0.1, "sign": 10}.get(optimizer, 1)
 
 
 def explain(error: ValidationError) -> str:

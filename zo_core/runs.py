@@ -91,7 +91,7 @@ class Status:
     process: Process | None = None
     """The engine while queued (None for a remote engine), the worker while running."""
     details: dict[str, Any] = field(default_factory=dict)
-    """Facts found on the way, such as the layer that ``layer:auto`` named."""
+    """Facts found on the way, such as the layer that ``auto`` named."""
 
     @classmethod
     def from_json(cls, text: str) -> "Status":

@@ -33,6 +33,7 @@ RECIPES = {
     "probe": "zo_core.recipes.probe:run_probe",
     "tune": "zo_core.recipes.tune:run_tune",
     "preview": "zo_core.recipes.preview:run_preview",
+    "replay": "zo_core.recipes.replay:run_replay",
 }
 RESIDENT = "zo_core.models.resident"
 TICK = 0.25

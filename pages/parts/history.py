@@ -42,10 +42,14 @@ class Entry:
 
     @property
     def scope(self) -> str:
-        """The tuned scope, with the layer that ``layer:auto`` named once it is known."""
+        """The tuned scope, with the layer that auto or a draw named once it is known."""
         scope = getattr(self.job, "scope", "")
-        layer = self.status.details.get("layer")
-        return f"layer:{layer} (auto)" if scope == "layer:auto" and layer is not None else scope
+        details = self.status.details
+        layer = details.get("layer")
+        if scope.startswith("random-layer") and layer is not None:
+            return f"{scope} (layer {layer})"
+        resolved = details.get("scope", scope)
+        return f"{resolved} (auto)" if resolved != scope else scope
 
     @property
     def short(self) -> str:

@@ -13,6 +13,7 @@ PAGE_OF_KIND = {
     "probe": PAGES["sensitivity"],
     "tune": PAGES["fine_tune"],
     "preview": PAGES["fine_tune"],
+    "replay": PAGES["runs"],
     "load": PAGES["model"],
     "unload": PAGES["model"],
 }
@@ -22,6 +23,7 @@ KIND_TITLES = {
     "probe": "Sensitivity probe",
     "tune": "Fine-tuning",
     "preview": "Preview",
+    "replay": "Replay",
     "load": "Load",
     "unload": "Unload",
 }

@@ -176,7 +176,7 @@ BAD_INPUT = [
     (("tune", "--task", "sst3"), "'sst3' is unknown: choose one of reviews, sst2"),
     (("tune", "--eps", 0), "eps is '0': input should be greater than or equal to 0.00000001"),
     (("tune", "--steps", -1), "steps is '-1': input should be greater than or equal to 1"),
-    (("tune", "--scope", "layer:x"), "choose full, layer:auto or layer:<k>"),
+    (("tune", "--scope", "layer:x"), "choose full, layer:<k>, layers:<list>"),
     (("probe", "--layers", "1,b"), "layers is 'b': input should be a valid integer"),
     (("scan", "--text", "prompt"), "prompt is empty"),
     (("scan", "--model", " "), "give demo, an existing folder, or an id such as"),
@@ -260,3 +260,27 @@ def test_one_damaged_run_does_not_hide_the_others(
     (damaged.path / "job.json").write_text(json.dumps(fields | {"later": 1}))
     answer = CommandLine(tmp_path)("runs", "list", "--json").expect(0)
     assert good.run_id in [row["run_id"] for row in answer.json["runs"]]
+
+
+def test_replay_agrees_or_exits_with_1(cli: CommandLine, tuned: dict[str, Any]) -> None:
+    """The ledger rebuilds the checkpoint; once it is changed, it does not."""
+    answer = cli("replay", tuned["run_id"], "--json").expect(0).json
+    assert answer == {
+        "run_id": tuned["run_id"],
+        "steps": 6,
+        "identical": True,
+        "max_difference": 0.0,
+        "device": answer["device"],
+    }
+    ledger = cli.run(tuned["run_id"]).path / "metrics.jsonl"
+    kept = ledger.read_text()
+    records = [json.loads(line) for line in kept.splitlines()]
+    next(r for r in records if r["kind"] == "step")["g"][0] += 0.5
+    try:
+        ledger.write_text("".join(json.dumps(r) + "\n" for r in records))
+        answer = cli("replay", tuned["run_id"], "--json").expect(1).json
+        assert not answer["identical"]
+        assert answer["max_difference"] > 0
+    finally:
+        ledger.write_text(kept)
+    cli("replay", "no-run").expect(2)

@@ -31,6 +31,8 @@ from zo_core.jobs import (
     explain,
     recommended_lr,
 )
+from zo_core.scope_spec import FORMS, spell
+from zo_core.scope_spec import parse as parse_scope
 
 WITH_OPTIONS = ("scan", "probe", "tune", "preview")
 
@@ -52,10 +54,26 @@ BAD: list[tuple[str, str, object, str]] = [
     ("tune", "steps", -1, "greater than or equal to 1"),
     ("tune", "steps", 1.5, "valid integer"),
     ("tune", "steps", "many", "valid integer"),
-    ("tune", "scope", "layer:one", "choose full, layer:auto or layer:<k>"),
-    ("tune", "scope", "layer:-1", "choose full, layer:auto or layer:<k>"),
-    ("tune", "scope", "", "choose full, layer:auto or layer:<k>"),
-    ("tune", "scope", " full", "choose full, layer:auto or layer:<k>"),
+    ("tune", "scope", "layer:one", "choose full, layer:<k>, layers:<list>"),
+    ("tune", "scope", "layer:-1", "choose full, layer:<k>, layers:<list>"),
+    ("tune", "scope", "", "choose full, layer:<k>, layers:<list>"),
+    ("tune", "scope", " full", "choose full, layer:<k>, layers:<list>"),
+    ("tune", "scope", "layers:", "where <k> is auto or a 0-based layer"),
+    ("tune", "scope", "layers:1,", "where <k> is auto or a 0-based layer"),
+    ("tune", "scope", "channels:3:top1", "channels:<k>:top<p>% or rest<p>%"),
+    ("tune", "scope", "channels:3:top0%", "a percentage above 0 and below 100"),
+    ("tune", "scope", "sparse:100", "a percentage above 0 and below 100"),
+    ("tune", "scope", "random-layer:auto", "random-layer:<seed>"),
+    ("tune", "optimizer", "adam", "'zo-sgd', 'momentum', 'sign'"),
+    ("tune", "momentum", 1, "less than 1"),
+    ("tune", "beta2", -0.1, "greater than or equal to 0"),
+    ("tune", "directions", 0, "greater than or equal to 1"),
+    ("tune", "accumulate", 0, "greater than or equal to 1"),
+    ("tune", "estimator", "three-sided", "'two-sided' or 'one-sided'"),
+    ("tune", "schedule", "step", "'constant', 'linear' or 'cosine'"),
+    ("tune", "warmup_steps", 1000, "must be below steps"),
+    ("tune", "precision", "fp8", "'fp32-master', 'inplace' or 'fp32'"),
+    ("replay", "run", "../x", "pattern"),
     ("tune", "lr", 0, "greater than 0"),
     ("tune", "lr", math.nan, "is 'nan':"),
     ("tune", "weight_decay", -0.1, "greater than or equal to 0"),
@@ -64,7 +82,7 @@ BAD: list[tuple[str, str, object, str]] = [
     ("tune", "seed", -1, "greater than or equal to 0"),
     ("tune", "seed", 2**31, "less than 2147483648"),
     ("tune", "rule", "sun", "'emergence', 'massive' or 'systematic'"),
-    ("tune", "noise", "uniform", "'gaussian' or 'rademacher'"),
+    ("tune", "noise", "uniform", "'gaussian', 'rademacher' or 'sphere'"),
     ("tune", "path", "quick", "'auto', 'fast' or 'reference'"),
     ("tune", "task", "../sst2", "pattern"),
     ("tune", "verbalizers", "0", "write label=word, as 0=terrible,1=great"),
@@ -144,6 +162,41 @@ def test_scope_with_a_newline_is_refused(scope: str) -> None:
     assert "choose full" in sentence_for({"kind": "tune", "scope": scope})
 
 
+GO_TOGETHER: list[tuple[dict[str, Any], str]] = [
+    ({"precision": "fp32", "dtype": "bfloat16"}, "precision fp32 loads float32 weights"),
+    ({"optimizer": "adamw", "precision": "inplace"}, "precision inplace is for zeroth-order"),
+    ({"optimizer": "adamw", "directions": 2}, "directions is for zeroth-order optimizers"),
+    ({"optimizer": "adamw", "estimator": "one-sided"}, "estimator is for zeroth-order"),
+    ({"optimizer": "adamw", "path": "fast"}, "path fast is not possible: adamw"),
+    ({"precision": "inplace", "path": "fast"}, "path fast is not possible: precision inplace"),
+    ({"scope": "prefix", "path": "fast"}, "path fast is not possible: a prefix"),
+    ({"steps": 5, "warmup_steps": 5}, "warmup_steps must be below steps"),
+]
+
+
+@pytest.mark.parametrize(("fields", "words"), GO_TOGETHER)
+def test_fields_that_do_not_go_together(fields: dict[str, Any], words: str) -> None:
+    sentence = sentence_for({"kind": "tune", **fields})
+    assert sentence.startswith(words)
+    assert sentence.endswith(".")
+
+
+def test_scope_names_and_what_auto_means() -> None:
+    """Every form's example parses; auto is replaced, and said, everywhere it may stand."""
+    for form in FORMS.values():
+        assert parse_scope(form.example).form == form.name
+    both = parse_scope("layers:auto,30").resolve(1)
+    assert (both.needs_rule, both.layers) == (False, (1, 30))
+    assert parse_scope("layers:3,1,auto").resolve(3).layers == (1, 3)
+    rest = parse_scope("channels:auto:rest0.5%")
+    assert (rest.percent, rest.rest, rest.needs_rule) == (0.5, True, True)
+    assert parse_scope("lora").layers == ()
+    assert parse_scope("sparse:25") == parse_scope("sparse:25%")
+    assert parse_scope("random-layer:7").needs_rule
+    assert spell("channels:auto:top1%", 3) == "channels:3:top1%"
+    assert spell("all-but:auto", None) == "all-but:auto"
+
+
 def test_probe_layers_are_sorted_and_single() -> None:
     assert ProbeJob(layers=[3, 0, 3]).layers == [0, 3]
 
@@ -152,6 +205,9 @@ def test_recommended_lr_is_used_when_none_is_given() -> None:
     assert TuneJob().effective_lr == recommended_lr("demo", "layer:auto")
     assert TuneJob(scope="full").effective_lr < TuneJob().effective_lr
     assert TuneJob(model="gpt2").effective_lr == 1e-6
+    assert TuneJob(optimizer="momentum").effective_lr == TuneJob().effective_lr * 0.1
+    for form in FORMS.values():
+        assert 0 < recommended_lr("demo", form.example, "adamw") <= 1
     assert TuneJob(lr=0.5).effective_lr == 0.5
 
 
@@ -197,7 +253,13 @@ JOBS: dict[str, st.SearchStrategy[BaseModel]] = {
     "tune": st.builds(
         TuneJob,
         **task_fields,
-        scope=st.sampled_from(["full", "layer:auto"]) | st.integers(0, 999).map("layer:{}".format),
+        scope=st.sampled_from([f.example for f in FORMS.values() if f.name != "prefix"])
+        | st.integers(0, 999).map("layer:{}".format),
+        optimizer=st.sampled_from(["zo-sgd", "momentum", "sign", "conservative", "adamm"]),
+        momentum=st.floats(0, 0.999),
+        directions=small.map(lambda n: min(n, 1024)),
+        accumulate=small,
+        schedule=st.sampled_from(["constant", "linear", "cosine"]),
         rule=st.sampled_from(get_args(Rule)),
         steps=st.integers(1, 10_000_000),
         lr=st.none() | st.floats(0, 1e3, exclude_min=True),

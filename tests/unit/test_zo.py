@@ -10,13 +10,14 @@ from zo_core.jobs import ModelFields, TuneJob
 from zo_core.models.load import LoadedModel, load
 from zo_core.tasks.scoring import candidate_scores, task_loss
 from zo_core.tasks.templates import Example
+from zo_core.zo.estimator import estimate
 from zo_core.zo.forward import FastForward, ReferenceForward
+from zo_core.zo.optimizers import ZoSgd
 from zo_core.zo.scope import Draw, Point, TunedScope, scope_parameters
 from zo_core.zo.trainer import (
     LossNotFiniteError,
     Progress,
     batch_indices,
-    projected_gradient,
     replay,
     train,
 )
@@ -37,7 +38,7 @@ def test_restore_is_exact(demo: LoadedModel, dtype: str, layer: int | None) -> N
     matrices = {n for n, p in scope.parameters.items() if p.dim() == 2}
     assert matrices <= changed <= set(scope.parameters)
     scope.perturb(Point(DRAW, -1e-3))
-    scope.update(DRAW, g=123.0, lr=0.0)
+    ZoSgd(TuneJob()).update(scope, [DRAW], [123.0], lr=0.0)
     assert all(torch.equal(p, before[n]) for n, p in loaded.model.named_parameters())
 
 
@@ -45,7 +46,7 @@ def test_close_gives_the_model_back(demo: LoadedModel) -> None:
     """Whatever was tuned, the resident model is pristine afterwards."""
     before = {n: p.clone() for n, p in demo.model.named_parameters()}
     scope = TunedScope(scope_parameters(demo, 3))
-    scope.update(DRAW, g=10.0, lr=1e-2)
+    ZoSgd(TuneJob()).update(scope, [DRAW], [10.0], lr=1e-2)
     scope.close()
     assert all(torch.equal(p, before[n]) for n, p in demo.model.named_parameters())
 
@@ -85,8 +86,8 @@ def test_step_equals_the_published_arithmetic(
     for name, p in names.items():
         p.copy_(start[name])
 
-    ours, *_ = projected_gradient(forward, prepared, scope, DRAW, eps)
-    scope.update(DRAW, ours, lr)
+    (ours,) = estimate(forward, [prepared], scope, [DRAW], eps).g
+    ZoSgd(TuneJob()).update(scope, [DRAW], [ours], lr)
     assert ours == pytest.approx(g, rel=2e-2)  # the in-place sum of the oracle drifts by roundings
     for name, p in names.items():
         torch.testing.assert_close(p, expected[name], rtol=1e-4, atol=1e-5)
@@ -165,7 +166,7 @@ def _train(demo: LoadedModel, examples: list[Example], job: TuneJob) -> tuple[Tu
     forward = FastForward(demo, 3)
     forward.register(examples)
     records: list = []
-    train(job, forward, scope, examples, Progress(), records.append)
+    train(job, demo, forward, scope, ZoSgd(job), examples, Progress(), records.append)
     return scope, records
 
 
@@ -179,7 +180,7 @@ def test_replay_rebuilds_the_bits(
     tuned = {n: m.clone() for n, m in scope.master.items()}
     scope.close()
     again = TunedScope(scope_parameters(demo, 3))
-    replay(job, again, records)
+    replay(job, again, ZoSgd(job), records)
     assert all(torch.equal(again.master[n], tuned[n]) for n in tuned)
     assert any(not torch.equal(tuned[n], scope._base[n]) for n in tuned)
     again.close()
@@ -202,7 +203,7 @@ def test_not_finite_stops_at_the_step_before(
     embedding = next(iter(demo.model.parameters())).clone()
     try:
         with pytest.raises(LossNotFiniteError, match="step 4 .*up to step 3"):
-            train(job, poison, scope, review_examples, progress, on_step)
+            train(job, demo, poison, scope, ZoSgd(job), review_examples, progress, on_step)
     finally:
         next(iter(demo.model.parameters())).copy_(embedding)
     assert progress.step == len(records) == 3

@@ -1,7 +1,6 @@
 """Models and batches of the step benchmark: published shapes with random weights."""
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -124,7 +123,7 @@ def examples(
     return drawn, f"{len(drawn)} drawn lengths, {LENGTHS[task]}"
 
 
-def _drawn(task: str, count: int) -> Sequence[Example] | Any:
+def _drawn(task: str, count: int) -> list[Example]:
     generator = random.Random(0)  # noqa: S311 - a reproducible draw
     lengths, info = LENGTHS[task], find_task(task)
     options = 1 if info.loss == "gold" else len(info.candidates)

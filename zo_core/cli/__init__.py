@@ -1,4 +1,4 @@
-"""The command line: ``python -m zo_core scan|probe|tune|preview|runs|bench|app``.
+"""The command line: ``python -m zo_core scan|probe|tune|preview|replay|runs|bench|app``.
 
 The same job specs, engine and run store as the app. With ``--json`` the last line of stdout is one
 JSON object (keys in README.md); progress goes to stderr. Exit codes: 0 done, 1 failed, 2 bad
@@ -84,7 +84,7 @@ Resume = Annotated[
 @app.command()
 @with_job_options("tune")
 def tune(fields: dict[str, Any], resume: Resume = None, json: Json = False) -> None:
-    """Fine-tune one layer, or the full model, with ZO-SGD."""
+    """Fine-tune a scope (one layer, by default) with a zeroth-order optimizer, or AdamW."""
     run = launch(fields, json, resume)
     report(run, follow(run, json), json)
 
@@ -95,6 +95,17 @@ def preview(fields: dict[str, Any], json: Json = False) -> None:
     """Show rows of a task as the model gets them, with the scored tokens marked."""
     run = launch(fields, json)
     report(run, follow(run, json), json)
+
+
+@app.command()
+def replay(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="id of a tuning run")],
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="where")] = "auto",
+    json: Json = False,
+) -> None:
+    """Rebuild a run's weights from its ledger; exit code 1 if they differ from the checkpoint."""
+    again = launch({"kind": "replay", "run": run, "device": device}, json)
+    report(again, follow(again, json), json)
 
 
 @app.command()

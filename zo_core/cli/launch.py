@@ -15,6 +15,7 @@ from zo_core.errors import UserError
 from zo_core.jobs import JOB, TaskChoice, explain
 from zo_core.models.catalog import describe, resolve
 from zo_core.runs import Run, Status, to_json
+from zo_core.scope_spec import parse
 from zo_core.settings import settings
 from zo_core.tasks.catalog import METRIC_NAMES, OWN, TASKS, find_task
 
@@ -64,12 +65,11 @@ def check(job: Any) -> None:
     """
     if hasattr(job, "task"):
         _check_task(job)
-    if job.kind == "unload" or resolve(job.model)[0] == "hub":
+    if not hasattr(job, "model") or resolve(job.model)[0] == "hub":
         return  # the worker asks the hub
     layers = list(getattr(job, "layers", None) or [])
-    scope = getattr(job, "scope", "")
-    if scope.startswith("layer:") and scope != "layer:auto":
-        layers.append(int(scope.removeprefix("layer:")))
+    if hasattr(job, "scope"):
+        layers += parse(job.scope).numbers
     info = describe(job.model, job.revision)
     for layer in layers:
         if layer >= info.n_layers:
@@ -133,11 +133,12 @@ def report(run: Run, status: Status, as_json: bool) -> None:
     """Print the result and exit with the code of the outcome."""
     summary = run.result_json() or {}
     if status.state == "done":
+        differs = run.job.kind == "replay" and not summary["identical"]
         if as_json:
             typer.echo(to_json({"run_id": run.run_id, **summary}))
         else:
             _print_summary(run, summary)
-        raise typer.Exit(0)
+        raise typer.Exit(FAILED if differs else 0)
     sentence = status.error or status.message or f"The run was {status.state}."
     typer.echo(f"{status.state.capitalize()}: {sentence}", err=True)
     if run.job.kind == "tune" and status.step:
@@ -164,7 +165,7 @@ def _print_summary(run: Run, summary: dict[str, Any]) -> None:
     elif kind == "tune":
         before, after, metric = summary["before"], summary["after"], summary["metric"]
         typer.echo(
-            f"{summary['scope']} (layer {summary['layer']})  "
+            f"{summary['resolved_scope']} ({summary['tuned_parameters']} parameters)  "
             f"{METRIC_NAMES[metric]} {before[metric]:.4f} -> {after[metric]:.4f}  "
             f"loss {before['loss']:.4f} -> {after['loss']:.4f}  "
             f"{summary['steps_per_second']:.2f} steps/s, {summary['forward_passes']} forward passes"
@@ -172,6 +173,12 @@ def _print_summary(run: Run, summary: dict[str, Any]) -> None:
         cut = sum(summary["truncated"].values())
         if cut:
             typer.echo(f"{cut} rows were longer than the model's context: cut on the left")
+    elif kind == "replay":
+        verdict = "bit for bit the checkpoint" if summary["identical"] else "NOT the checkpoint"
+        typer.echo(
+            f"{summary['run_id']}: {summary['steps']} steps replayed on {summary['device']}, "
+            f"{verdict} (largest difference {summary['max_difference']:g})"
+        )
     typer.echo(f"{run.path}")
 
 

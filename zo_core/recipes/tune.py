@@ -2,38 +2,59 @@
 
 import hashlib
 from collections.abc import Iterable
+from contextlib import closing
+from statistics import fmean
 from typing import Any
 
 from zo_core.errors import UserError
 from zo_core.jobs import TuneJob
-from zo_core.models import resident
-from zo_core.models.catalog import describe
 from zo_core.models.load import LoadedModel
 from zo_core.progress import JobContext
 from zo_core.provenance import provenance
-from zo_core.recipes.scan import find_first_outlier_layer
+from zo_core.recipes.scope import acquire, check_layers, dominant_layer
 from zo_core.runs import Run, to_json
+from zo_core.scope_spec import parse, spell
 from zo_core.tasks.catalog import METRIC_NAMES
 from zo_core.tasks.data import TaskData, load_job_task
 from zo_core.tasks.evaluate import METRICS, evaluate
 from zo_core.tasks.templates import Example, encode_rows
 from zo_core.zo.checkpoint import restore_run, save_checkpoint
-from zo_core.zo.forward import CHUNK, FastForward
+from zo_core.zo.forward import CHUNK, FastForward, Forward, ReferenceForward
 from zo_core.zo.path import choose_forward
-from zo_core.zo.scope import TunedScope, check_layer, scope_parameters
-from zo_core.zo.trainer import LossNotFiniteError, Progress, train
-
-AUTO = "layer:auto"
+from zo_core.zo.scope import TunedScope
+from zo_core.zo.scopes import Selection, select
+from zo_core.zo.trainer import LossNotFiniteError, Progress, make_optimizer, make_scope, train
 
 
 def run_tune(job: TuneJob, run: Run, context: JobContext) -> None:
     """Tune a scope, or go on with a run that was interrupted."""
     data = load_job_task(job, job.train_examples, job.eval_examples, job.seed, job.dev_examples)
-    layer = _known_layer(job, run)
-    loaded = resident.acquire(job, context.log)
-    if layer is None and job.scope == AUTO:
-        layer = _dominant_layer(job, loaded, context)
-    training, validation = _encode(data, loaded)
+    spec = parse(job.scope)
+    if spec.form == "prefix" and data.task.generates:
+        raise UserError(
+            f"scope: prefix cannot generate the answers of {job.task}: choose lora, or a task that "
+            "is measured by accuracy."
+        )
+    check_layers(spec, job)
+    loaded = acquire(job, context.log)
+    dominant = dominant_layer(job, spec, run, loaded, context)
+    with closing(select(loaded, spec, dominant, job.seed)) as selection:
+        context.detail(
+            layer=selection.layer, dominant_layer=dominant, scope=spell(job.scope, dominant)
+        )
+        _tune(job, run, context, data, loaded, selection)
+
+
+def _tune(
+    job: TuneJob,
+    run: Run,
+    context: JobContext,
+    data: TaskData,
+    loaded: LoadedModel,
+    selection: Selection,
+) -> None:
+    """Evaluate, train and evaluate again; the model is as it was afterwards."""
+    training, validation = _encode(data, loaded, loaded.context - selection.positions)
     metric = data.task.metric
     truncated = {
         "train": sum(e.truncated for e in training),
@@ -42,16 +63,14 @@ def run_tune(job: TuneJob, run: Run, context: JobContext) -> None:
     if any(truncated.values()):
         context.log(
             f"{truncated['train']} training and {truncated['validation']} validation rows are "
-            f"longer than {loaded.context} tokens allow: cut on the left"
+            f"longer than {loaded.context - selection.positions} tokens allow: cut on the left"
         )
-    chunk = min(CHUNK, job.batch_size)
-    forward, reason = choose_forward(loaded, job.path, layer, training[:2], chunk)
+    forward, reason = _choose_path(job, loaded, selection.lowest, training[:2])
     if isinstance(forward, FastForward):
         for examples in (training, validation):
             forward.register(examples)
-    scope = TunedScope(scope_parameters(loaded, layer))
+    scope, optimizer = make_scope(job, selection), make_optimizer(job)
     context.detail(
-        layer=layer,
         path=forward.name,
         path_reason=reason,
         lr=job.effective_lr,
@@ -65,8 +84,10 @@ def run_tune(job: TuneJob, run: Run, context: JobContext) -> None:
             context.progress(step, job.steps, f"replaying step {step}")
             context.check_cancelled()
 
-        records = restore_run(run, job, scope, replayed)
-        progress = _progress_of(records)
+        records, at = restore_run(run, job, scope, optimizer, replayed)
+        progress = _progress_of(records, at)
+        recorded = max((r["step"] for r in records), default=0)
+        changed = [r["changed"] for r in records if "changed" in r]
         if progress.step:
             context.log(f"Resuming after step {progress.step}")
         evaluations = {r["step"]: r for r in records if r["kind"] == "eval"}
@@ -95,10 +116,13 @@ def run_tune(job: TuneJob, run: Run, context: JobContext) -> None:
 
         def on_step(record: dict[str, Any]) -> None:
             step = record["step"]
-            run.append_metrics(record)
+            if step > recorded:  # else a first-order step after the last checkpoint, run again
+                run.append_metrics(record)
+                if "changed" in record:
+                    changed.append(record["changed"])
             context.progress(step, job.steps, f"step {step} of {job.steps}")
             if step % job.checkpoint_every == 0 or step == job.steps:
-                save_checkpoint(run, job, scope, step)
+                save_checkpoint(run, job, scope, optimizer, step)
             context.check_cancelled()
             if due(step):
                 measure(step)
@@ -107,13 +131,13 @@ def run_tune(job: TuneJob, run: Run, context: JobContext) -> None:
             measure(progress.step)
         context.detail(before=_outcome(evaluations[0]))
         try:
-            train(job, forward, scope, training, progress, on_step)
+            train(job, loaded, forward, scope, optimizer, training, progress, on_step)
         except LossNotFiniteError:
             raise  # the weights have run away: the checkpoint before is the better one
         except BaseException:
             scope.restore()
-            if progress.step:
-                save_checkpoint(run, job, scope, progress.step)
+            if progress.step and scope.settled:
+                save_checkpoint(run, job, scope, optimizer, progress.step)
             raise
     finally:
         scope.close()
@@ -127,7 +151,10 @@ def run_tune(job: TuneJob, run: Run, context: JobContext) -> None:
                 "model": job.model,
                 "task": job.task,
                 "scope": job.scope,
-                "layer": layer,
+                "layer": selection.layer,
+                "resolved_scope": run.status().details["scope"],
+                "optimizer": job.optimizer,
+                "precision": job.precision,
                 "path": forward.name,
                 "path_reason": reason,
                 "steps": job.steps,
@@ -139,6 +166,7 @@ def run_tune(job: TuneJob, run: Run, context: JobContext) -> None:
                 "steps_per_second": rate,
                 "forward_passes": progress.forward_passes,
                 "tuned_parameters": scope.size,
+                "changed": fmean(changed) if changed else None,
                 "seconds": round(progress.seconds, 3),
                 "data": data.source,
                 "train_examples": len(training),
@@ -151,47 +179,21 @@ def run_tune(job: TuneJob, run: Run, context: JobContext) -> None:
     run.write_result("provenance.json", to_json(facts | provenance(loaded)))
 
 
-def _known_layer(job: TuneJob, run: Run) -> int | None:
-    """The tuned layer as far as it is known before anything is loaded.
-
-    None for the full model, or where ``layer:auto`` has to look. A resumed run keeps its layer.
-
-    Raises:
-        UserError: the model has no such layer.
-    """
-    if job.scope == "full":
-        return None
-    if job.scope == AUTO:
-        named = run.status().details.get("layer")
-    else:
-        named = int(job.scope.removeprefix("layer:"))
-    if named is None:
-        return None
-    return check_layer(named, describe(job.model, job.revision).n_layers, job.model)
-
-
-def _dominant_layer(job: TuneJob, loaded: LoadedModel, context: JobContext) -> int:
-    """The layer that the job's rule names.
-
-    Raises:
-        UserError: it names none.
-    """
-    context.progress(0, job.steps, "looking for the first outlier layer")
-    verdict = find_first_outlier_layer(loaded, job.rule, context)
-    if verdict.layer is None:
-        raise UserError(
-            f"scope: the rule {job.rule} names no first outlier layer of {job.model} "
-            f"({verdict.reason.rstrip('.')}): choose a layer, for example layer:1, or another rule."
-        )
-    context.log(f"layer:auto is layer {verdict.layer}: {verdict.reason}")
-    return verdict.layer
-
-
-def _encode(data: TaskData, loaded: LoadedModel) -> tuple[list[Example], list[Example]]:
+def _encode(
+    data: TaskData, loaded: LoadedModel, longest: int
+) -> tuple[list[Example], list[Example]]:
     """Tokenised training rows, as the loss needs them, and validation rows."""
-    training = encode_rows(data.task, data.train, loaded.tokenizer, loaded.context, training=True)
-    validation = encode_rows(data.task, data.validation, loaded.tokenizer, loaded.context)
+    training = encode_rows(data.task, data.train, loaded.tokenizer, longest, training=True)
+    validation = encode_rows(data.task, data.validation, loaded.tokenizer, longest)
     return training, validation
+
+
+def _choose_path(
+    job: TuneJob, loaded: LoadedModel, layer: int | None, examples: list[Example]
+) -> tuple[Forward, str]:
+    if job.reference_only:
+        return ReferenceForward(loaded), job.reference_only
+    return choose_forward(loaded, job.path, layer, examples, min(CHUNK, job.batch_size))
 
 
 def _fingerprint(
@@ -203,7 +205,10 @@ def _fingerprint(
         text = "\n".join(map(str, parts))
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
-    sums = (m.double().sum().item() for m in scope.master.values())
+    # The initial adapters say nothing of the model they are added to.
+    adapters = any(".lora_" in name for name in scope.master)
+    weights = loaded.model.parameters() if adapters else scope.master.values()
+    sums = (w.double().sum().item() for w in weights)
     return {
         "training rows": digest((e.label, e.rows) for e in training),
         "validation rows": digest((e.label, e.rows) for e in validation),
@@ -231,11 +236,11 @@ def _same_as_before(run: Run, context: JobContext, now: dict[str, str]) -> None:
         )
 
 
-def _progress_of(records: list[dict[str, Any]]) -> Progress:
+def _progress_of(records: list[dict[str, Any]], at: int) -> Progress:
     steps = [r for r in records if r["kind"] == "step"]
-    if not steps:
+    if not at:
         return Progress()
-    last = steps[-1]
+    last = steps[at - 1]
     return Progress(last["step"], last["seconds"], last["forward_passes"])
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,32 @@ from safetensors.torch import load_file, save_file
 from zo_core.errors import UserError
 from zo_core.jobs import TuneJob
 from zo_core.runs import Run
+from zo_core.zo.first_order import AdamW
+from zo_core.zo.optimizers import ZoSgd
 from zo_core.zo.scope import TunedScope
 from zo_core.zo.trainer import replay
 
 NAME = "checkpoint.safetensors"
+STATE = "optimizer/"
+"""What the names of an optimizer's tensors begin with."""
 
 
-def save_checkpoint(run: Run, job: TuneJob, scope: TunedScope, step: int) -> None:
-    """Write the master (fp32, by parameter name), replacing the checkpoint before it."""
+@dataclass(slots=True)
+class Checkpoint:
+    """What a checkpoint file holds; step 0 if there is none that can be read."""
+
+    step: int = 0
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Tuned tensors by parameter name: fp32, or in the working dtype with precision inplace."""
+    state: dict[str, torch.Tensor] = field(default_factory=dict)
+    """The optimizer's tensors, float32."""
+
+
+def save_checkpoint(run: Run, job: TuneJob, scope: TunedScope, optimizer: ZoSgd, step: int) -> None:
+    """Write true weights and optimizer state in one file, replacing the checkpoint before it."""
     metadata = {"step": str(step), "model": job.model, "scope": job.scope, "seed": str(job.seed)}
-    tensors = {name: tensor.cpu() for name, tensor in scope.master.items()}
+    tensors = {name: t.cpu().contiguous() for name, t in scope.master.items()}
+    tensors |= {f"{STATE}{n}": t.detach().cpu() for n, t in optimizer.state().items()}
     temporary = run.path / f".{NAME}"
     try:
         save_file(tensors, temporary, metadata=metadata)
@@ -34,18 +51,24 @@ def restore_run(
     run: Run,
     job: TuneJob,
     scope: TunedScope,
+    optimizer: ZoSgd,
     tick: Callable[[int], None] = lambda _step: None,
-) -> list[dict[str, Any]]:
-    """Bring a scope to the last step of the run's ledger, and drop what was half written.
+) -> tuple[list[dict[str, Any]], int]:
+    """Bring scope and optimizer back, and drop what was half written.
+
+    A zeroth-order run comes back to the last step of its ledger. A first-order run comes back to
+    its checkpoint: the steps after it are run again.
 
     Args:
         run: the run.
         job: its spec.
         scope: holds the base weights.
+        optimizer: has no state yet.
         tick: called with every replayed step; may raise to stop.
 
     Returns:
-        The metric records that hold, in order; empty for a new run.
+        The metric records that hold, in order, empty for a new run; and the step that scope and
+        optimizer are at.
 
     Raises:
         UserError: the ledger has a gap, or the checkpoint is of another scope.
@@ -57,22 +80,31 @@ def restore_run(
     steps = [r for r in records if r["kind"] == "step"]
     if [r["step"] for r in steps] != list(range(1, len(steps) + 1)):
         raise UserError(f"The ledger of {run.run_id} has a gap: it cannot be resumed.")
-    saved, tensors = _read_checkpoint(run.path / NAME)
-    if 0 < saved <= len(steps):
-        scope.load(tensors)
-    else:  # none, unreadable, or of a ledger that lost its end: the base weights and the ledger do
-        saved = 0
-    for record in steps[saved:]:
-        replay(job, scope, [record])
+    saved = read_checkpoint(run.path / NAME)
+    at = 0
+    if 0 < saved.step <= len(steps):
+        scope.load(saved.weights)
+        optimizer.load(saved.state)
+        at = saved.step
+    # Else none, unreadable, or of a ledger that lost its end: the base weights and the ledger do.
+    if isinstance(optimizer, AdamW):
+        return records, at
+    for record in steps[at:]:
+        replay(job, scope, optimizer, [record])
         tick(record["step"])
-    return records
+    return records, len(steps)
 
 
-def _read_checkpoint(path: Path) -> tuple[int, dict[str, torch.Tensor]]:
-    """Step and tensors of a checkpoint; step 0 if there is none that can be read."""
+def read_checkpoint(path: Path) -> Checkpoint:
+    """What a checkpoint file holds."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             step = int(file.metadata()["step"])
-        return step, load_file(path)
+        tensors = load_file(path)
     except (safetensors.SafetensorError, OSError, TypeError, KeyError, ValueError):
-        return 0, {}
+        return Checkpoint()
+    return Checkpoint(
+        step,
+        {n: t for n, t in tensors.items() if not n.startswith(STATE)},
+        {n.removeprefix(STATE): t for n, t in tensors.items() if n.startswith(STATE)},
+    )

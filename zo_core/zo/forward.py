@@ -27,6 +27,7 @@ from zo_core.tasks.templates import Example
 from zo_core.zo.graphs import GraphedForward, Row
 from zo_core.zo.packing import Packing, pack, packed
 from zo_core.zo.paired import NotTokenwiseError, paired
+from zo_core.zo.points import write_points
 from zo_core.zo.scope import Point, TunedScope
 
 CHUNK = 32
@@ -107,9 +108,8 @@ class ReferenceForward:
         device = self._loaded.device
         return Prepared(ids.to(device), mask.to(device), scored, positions.to(device))
 
-    @torch.no_grad()
     def logits(self, prepared: Prepared) -> torch.Tensor:
-        """Logits [U, V] at the scored places."""
+        """Logits [U, V] at the scored places, with gradients where a weight requires them."""
         output = self._loaded.model(
             input_ids=prepared.input_ids,
             attention_mask=prepared.mask,
@@ -211,7 +211,8 @@ class FastForward:
     ) -> list[torch.Tensor]:
         """Logits [U, V] at every point, with one suffix for all points where that is possible."""
         assert prepared.packing is not None
-        if scope.size > PAIRED_SHARE * self._loaded.info.parameters:
+        held = sum(p.numel() for p in scope.parameters.values())
+        if held > PAIRED_SHARE * self._loaded.info.parameters:
             return _one_by_one(self, prepared, scope, points)
         self._place_weights(scope, points)
         try:
@@ -226,7 +227,7 @@ class FastForward:
             self._weights = {
                 n: [torch.empty_like(p) for _ in points] for n, p in scope.parameters.items()
             }
-        scope.write_at(points, self._weights)
+        write_points(scope, points, self._weights)
 
     def _run(self, prepared: Prepared, copies: int) -> torch.Tensor:
         """Logits [copies x U, V] of so many copies of the packed row, side by side."""

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from zo_core.jobs import TuneJob
 from zo_core.tasks.scoring import task_loss
 from zo_core.zo.forward import Forward, Prepared
+from zo_core.zo.points import fusible, keys_on_device
 from zo_core.zo.scope import Draw, Point, TunedScope
 
 
@@ -33,14 +35,26 @@ class Queued:
 
 
 class FusedSteps:
-    """Launches ZO-SGD steps of one direction, two-sided, without weight decay or masks."""
+    """Launches ZO-SGD steps: one direction, two-sided, no weight decay, no micro-batches."""
+
+    @staticmethod
+    def apply_to(job: TuneJob, forward: Forward, scope: TunedScope) -> bool:
+        """Whether a job's steps can be queued."""
+        return (
+            job.optimizer == "zo-sgd"
+            and job.estimator == "two-sided"
+            and job.directions == job.accumulate == 1
+            and not job.weight_decay
+            and forward.name == "fast"
+            and fusible(scope, job.noise)
+        )
 
     def __init__(self, forward: Forward, scope: TunedScope, eps: float) -> None:
         """Take charge of a scope on a GPU.
 
         Args:
             forward: the fast path.
-            scope: see :attr:`TunedScope.fusible`.
+            scope: see :func:`fusible`.
             eps: perturbation scale.
         """
         self._forward, self._scope, self._eps = forward, scope, eps
@@ -50,6 +64,8 @@ class FusedSteps:
     @torch.no_grad()
     def launch(self, prepared: Prepared, draw: Draw, lr: float) -> Queued:
         """Queue a step on a batch."""
+        from zo_core.zo.kernels.noise import step
+
         scope = self._scope
         points = (Point(draw, self._eps), Point(draw, -self._eps))
         pair = self._forward.logits_at(prepared, scope, points)
@@ -57,7 +73,9 @@ class FusedSteps:
         g = (plus - minus) / (2 * self._eps)
         self._alive &= g.isfinite()
         alpha = torch.where(self._alive, g * -lr, 0.0).float()
-        scope.step_along(draw, alpha)
+        keys = keys_on_device(scope, draw)
+        for which, (name, master) in enumerate(scope.master.items()):
+            step(draw.noise, master, scope.parameters[name], keys, which, alpha)
         values = torch.empty(3, dtype=torch.float64, pin_memory=True)
         values.copy_(torch.stack((g, plus, minus)), non_blocking=True)
         arrived = torch.cuda.Event()

@@ -10,11 +10,14 @@ be replayed alone.
   ``sqrt(-2 ln u) (cos, sin)(2 pi v)`` with ``u = (a + 1/2) 2**-32``, ``v = b 2**-32``, in float32:
   equal across devices to float32 rounding.
 * ``rademacher``: bit ``i % 128`` of counter ``i // 128``: equal everywhere, bit for bit.
+* ``sphere``: the gaussian z times one scalar, ``sqrt(d) / |z|`` over the d tuned entries of the
+  whole scope, so that ``E[z z^T] = I``. The scalar depends on the scope: between scopes the shared
+  entries of z agree up to that one factor (within about ``sqrt(1 / 2d)`` of 1).
 """
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -72,7 +75,32 @@ def _rademacher(words: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return ((stacked >> bits) & 1).mul_(2).sub_(1).to(torch.float32).flatten()
 
 
-_KINDS = {"gaussian": (_gaussian, 4), "rademacher": (_rademacher, 128)}
+_KINDS = {
+    "gaussian": (_gaussian, 4),
+    "rademacher": (_rademacher, 128),
+    "sphere": (_gaussian, 4),
+}
+_FINE = 2.0**20
+"""Squares are summed as integers of this fineness: exact, whatever the order and the threads."""
+
+
+def sphere_factor(directions: Iterable[torch.Tensor], size: int) -> float:
+    """What a gaussian z is multiplied with to lie on the sphere of radius ``sqrt(d)``.
+
+    The sum of squares is taken in integers, so neither threads nor order change it.
+
+    Args:
+        directions: float32 z of every parameter of the scope, 0 at entries that are not tuned.
+        size: d, the number of tuned entries.
+    """
+    total = 0
+    for z in directions:
+        flat = z.flatten()
+        step = _CHUNK[z.device.type]
+        for start in range(0, len(flat), step):
+            squares = flat[start : start + step].square().mul_(_FINE).round_()
+            total += int(squares.sum(dtype=torch.int64))
+    return math.sqrt(size * _FINE / total) if total else 1.0
 
 
 def perturbation(
@@ -87,7 +115,8 @@ def perturbation(
     """The perturbation ``z`` of one parameter.
 
     Args:
-        kind: ``gaussian`` or ``rademacher``; both have mean 0 and variance 1.
+        kind: ``gaussian``, ``rademacher`` or ``sphere``: mean 0 and variance 1. For ``sphere``
+            this is the direction, to be multiplied by :func:`sphere_factor` of the whole scope.
         seed: the run's seed.
         step: the step, counted from 1.
         name: the parameter's name in ``model.named_parameters()``.

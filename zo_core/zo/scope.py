@@ -4,13 +4,16 @@ The working weights may be bf16 or fp16, where ``+eps z, -2 eps z, +eps z`` drif
 round away. So the scope keeps the weights' true values in float32, and every perturbed, restored
 or updated working weight is one rounding of a float32 expression of them:
 
-* perturb:  ``W = round(master + sign eps z)``
+* perturb:  ``W = round(master + scale z)``
 * restore:  ``W = round(master)`` - exact, bit for bit
-* update:   ``master -= lr (g z + weight_decay master)``, then restore (MeZO, Algorithm 1)
+* update:   ``master -= lr (u + weight_decay master)``, then restore; u is the optimizer's direction
+
+A masked parameter is tuned inside its mask alone: z and u are 0 outside, and inside they are what
+they would be without a mask. :class:`zo_core.zo.inplace.InplaceScope` does without a master.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +21,15 @@ import torch
 from zo_core.errors import UserError
 from zo_core.models.load import LoadedModel
 from zo_core.models.memory import NOISE_BOUND
-from zo_core.zo.noise import key, perturbation
+from zo_core.zo.noise import perturbation, sphere_factor
 
 NO_DECAY = re.compile(r"bias|norm|ln_", re.IGNORECASE)
 """Parameters that weight decay leaves alone: biases and every kind of norm."""
 
 TUNABLE = (torch.float32, torch.bfloat16, torch.float16)
+
+Terms = Sequence[tuple[float, torch.Tensor]]
+"""A direction as a sum of coefficient x float32 tensor: often z itself, which needs no copy."""
 
 
 def check_layer(layer: int, count: int, model: str) -> int:
@@ -46,16 +52,24 @@ def scope_parameters(loaded: LoadedModel, layer: int | None) -> dict[str, torch.
     prefix = ""
     if layer is not None:
         prefix = f"{loaded.decoder.prefix}.{check_layer(layer, len(loaded.decoder), loaded.name)}."
-    chosen: dict[str, torch.Tensor] = {
-        n: p for n, p in loaded.model.named_parameters() if n.startswith(prefix)
-    }
-    for name, parameter in chosen.items():
+    return tunable(
+        {n: p for n, p in loaded.model.named_parameters() if n.startswith(prefix)},
+    )
+
+
+def tunable(parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same parameters, once it is sure that they can be perturbed.
+
+    Raises:
+        UserError: one is quantised.
+    """
+    for name, parameter in parameters.items():
         if parameter.dtype not in TUNABLE:
             raise UserError(
                 f"scope: {name} is stored as {str(parameter.dtype).removeprefix('torch.')}: only "
                 "float32, bfloat16 and float16 weights can be perturbed."
             )
-    return chosen
+    return parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,42 +86,77 @@ class Draw:
 class Point:
     """A point of weight space: the scope's true weights plus ``scale z``."""
 
-    draw: Draw
+    draw: Draw | None
     scale: float
 
-    @property
-    def opposite(self) -> "Point":
-        """The point on the other side."""
-        return Point(self.draw, -self.scale)
+    def __post_init__(self) -> None:
+        """A point off the base needs a direction."""
+        assert self.draw is not None or not self.scale
+
+
+BASE = Point(None, 0.0)
+"""The unperturbed weights."""
 
 
 class TunedScope:
     """Working weights of a scope with their fp32 master. ``close`` leaves the model as it was."""
 
-    def __init__(self, parameters: dict[str, torch.Tensor]) -> None:
+    settled = True
+    """Whether the true weights are those of the last update; see InplaceScope."""
+
+    def __init__(
+        self,
+        parameters: dict[str, torch.Tensor],
+        masks: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         """Take charge of the weights.
 
         Args:
             parameters: name -> working weight, changed in place from now on.
+            masks: name -> bool tensor of the parameter's shape, true at tuned entries; parameters
+                that are not named are tuned whole.
         """
         self.parameters = parameters
-        self.master = {
-            n: p.detach().to(torch.float32, copy=True).contiguous() for n, p in parameters.items()
-        }
+        self.masks = dict(masks or {})
+        self.master = self._make_master()
         self._base = {n: p.detach().clone() for n, p in parameters.items()}
-        self.size = sum(p.numel() for p in parameters.values())
-        self._keep_noise = self.size <= NOISE_BOUND
-        self._noise: dict[str, torch.Tensor] = {}
-        self._noise_of: Draw | None = None
-        self._keys_of: Draw | None = None
-        self._keys_there = torch.empty(0)
+        self.size = sum(
+            int(self.masks[n].sum()) if n in self.masks else p.numel()
+            for n, p in parameters.items()
+        )
+        self._noise: dict[tuple[str, Draw], torch.Tensor] = {}
+        self._held = 0
+        self._held_step: tuple[str, int, int] | None = None
+        self._factors: dict[Draw, float] = {}
+
+    def _make_master(self) -> dict[str, torch.Tensor]:
+        return {
+            n: p.detach().to(torch.float32, copy=True).contiguous()
+            for n, p in self.parameters.items()
+        }
 
     def z(self, name: str, draw: Draw) -> torch.Tensor:
-        """The perturbation of one parameter; small scopes keep it for the length of a step."""
-        if self._noise_of != draw:
-            self._noise, self._noise_of = {}, draw
-        if name in self._noise:
-            return self._noise[name]
+        """The perturbation of one parameter, float32, 0 outside its mask; not to be written to.
+
+        Draws of one step are kept as far as ``NOISE_BOUND`` allows.
+        """
+        if self._held_step != (draw.noise, draw.seed, draw.step):
+            self._noise, self._held, self._factors = {}, 0, {}
+            self._held_step = (draw.noise, draw.seed, draw.step)
+        if (name, draw) in self._noise:
+            return self._noise[name, draw]
+        z = self._direction(name, draw)
+        if draw.noise == "sphere":
+            if draw not in self._factors:
+                raw = (self._direction(n, draw) for n in self.parameters)
+                self._factors[draw] = sphere_factor(raw, self.size)
+            z.mul_(self._factors[draw])
+        if self._held + z.numel() <= NOISE_BOUND:
+            self._noise[name, draw] = z
+            self._held += z.numel()
+        return z
+
+    def _direction(self, name: str, draw: Draw) -> torch.Tensor:
         parameter = self.parameters[name]
         z = perturbation(
             draw.noise,
@@ -118,66 +167,15 @@ class TunedScope:
             parameter.device,
             draw.direction,
         )
-        if self._keep_noise:
-            self._noise[name] = z
-        return z
+        return z.mul_(self.masks[name]) if name in self.masks else z
 
     @torch.no_grad()
     def weights_at(self, name: str, point: Point) -> torch.Tensor:
-        """One parameter's working weights at a point: ``master + scale z``, rounded once."""
-        moved = torch.add(self.master[name], self.z(name, point.draw), alpha=point.scale)
-        return moved.to(self.parameters[name].dtype)
-
-    @torch.no_grad()
-    def write_at(self, points: Sequence[Point], out: Mapping[str, Sequence[torch.Tensor]]) -> None:
-        """Write the working weights of every parameter at every point.
-
-        Args:
-            points: n points.
-            out: parameter name -> n tensors like the parameter.
-        """
-        if len(points) == 2 and self.fusible and points == (points[0], points[0].opposite):
-            self._write_pair(points[0], out)
-            return
-        for name, tensors in out.items():
-            for point, tensor in zip(points, tensors, strict=True):
-                tensor.copy_(self.weights_at(name, point))
-
-    @property
-    def fusible(self) -> bool:
-        """Whether the fused CUDA kernels do what this scope does."""
-        return all(p.is_cuda and p.is_contiguous() for p in self.parameters.values())
-
-    def _keys(self, draw: Draw) -> torch.Tensor:
-        """Philox keys of the parameters, int64 [P] on the device, in their order."""
-        if self._keys_of != draw:
-            keys = [key(draw.seed, draw.step, name, draw.direction) for name in self.parameters]
-            signed = torch.tensor(keys, dtype=torch.uint64).view(torch.int64)
-            device = next(iter(self.parameters.values())).device
-            self._keys_there = signed.pin_memory().to(device, non_blocking=True)
-            self._keys_of = draw
-        return self._keys_there
-
-    def _write_pair(self, point: Point, out: Mapping[str, Sequence[torch.Tensor]]) -> None:
-        from zo_core.zo.kernels.noise import perturb_pair
-
-        keys, noise = self._keys(point.draw), point.draw.noise
-        for which, (name, master) in enumerate(self.master.items()):
-            plus, minus = out[name]
-            perturb_pair(noise, master, plus, minus, keys, which, point.scale)
-
-    def step_along(self, draw: Draw, alpha: torch.Tensor) -> None:
-        """``master += alpha z``, and the working weights from it, without waiting for the device.
-
-        Args:
-            draw: of z.
-            alpha: float32 scalar on the device.
-        """
-        from zo_core.zo.kernels.noise import step
-
-        keys = self._keys(draw)
-        for which, (name, master) in enumerate(self.master.items()):
-            step(draw.noise, master, self.parameters[name], keys, which, alpha)
+        """One parameter at a point, in the working dtype; not to be written to."""
+        weights = self.master[name]
+        if point.draw is not None and point.scale:
+            weights = torch.add(weights, self.z(name, point.draw), alpha=point.scale)
+        return weights.to(self.parameters[name].dtype)
 
     @torch.no_grad()
     def perturb(self, point: Point) -> None:
@@ -185,24 +183,60 @@ class TunedScope:
         for name, parameter in self.parameters.items():
             parameter.copy_(self.weights_at(name, point))
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Set the working weights to the master, exactly."""
+        self.perturb(BASE)
+
+    @torch.no_grad()
+    def update(
+        self,
+        terms: Callable[[str], Terms],
+        lr: float,
+        weight_decay: float = 0.0,
+        count: bool = False,
+    ) -> int | None:
+        """Step against a direction and restore the working weights.
+
+        ``master -= lr weight_decay master`` (decoupled, not for :data:`NO_DECAY`), then
+        ``master -= lr u``.
+
+        Args:
+            terms: parameter name -> the direction u.
+            lr: learning rate.
+            weight_decay: decoupled weight decay.
+            count: whether to count the weights that change.
+
+        Returns:
+            How many weights changed in the working dtype; None if they were not counted.
+        """
+        changed = 0
         for name, parameter in self.parameters.items():
-            parameter.copy_(self.master[name])
+            master = self.master[name]
+            before = master.to(parameter.dtype, copy=True) if count else None
+            self._step(name, terms(name), lr, weight_decay)
+            parameter.copy_(master)
+            if before is not None:
+                changed += int((parameter != before).sum())
+        return changed if count else None
 
-    @torch.no_grad()
-    def update(self, draw: Draw, g: float, lr: float, weight_decay: float = 0.0) -> None:
-        """Step the master against ``g z`` and restore the working weights from it."""
-        for name, master in self.master.items():
-            if weight_decay and not NO_DECAY.search(name):
+    def _step(self, name: str, terms: Terms, lr: float, weight_decay: float) -> None:
+        master = self.master[name]
+        if weight_decay and not NO_DECAY.search(name):
+            if name in self.masks:
+                master.sub_(master * self.masks[name], alpha=lr * weight_decay)
+            else:
                 master.mul_(1.0 - lr * weight_decay)
-            master.add_(self.z(name, draw), alpha=-lr * g)
-        self.restore()
+        for coefficient, tensor in terms:
+            master.add_(tensor, alpha=-lr * coefficient)
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Set master and working weights from saved fp32 tensors.
+    def snapshot(self) -> dict[str, torch.Tensor]:
+        """A copy of the true weights, by parameter name."""
+        return {name: tensor.clone() for name, tensor in self.master.items()}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Set the true and the working weights from saved tensors.
 
         Raises:
             UserError: names or shapes are not this scope's.

@@ -1,24 +1,35 @@
-"""The ZO-SGD training loop (MeZO, Algorithm 1), resumable to the bit.
+"""The training loop (MeZO, Algorithm 1, with any optimizer here), resumable to the bit.
 
-A run is base weights plus its ledger: the ``step`` records in ``metrics.jsonl``. Batches and
-perturbations are functions of (seed, step), so replaying the ledger's projected gradients rebuilds
-the weights, and going on from there is the same as never having stopped.
+A zeroth-order run is base weights plus its ledger: the ``step`` records in ``metrics.jsonl``.
+Batches and perturbations are functions of (seed, step), so replaying the ledger's projected
+gradients rebuilds the weights, and going on from there is the same as never having stopped.
 """
 
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
 
 from zo_core.errors import UserError
 from zo_core.jobs import TuneJob
-from zo_core.tasks.scoring import task_loss
+from zo_core.models.load import LoadedModel
+from zo_core.tasks.scoring import batches
 from zo_core.tasks.templates import Example
+from zo_core.zo.estimator import estimate, losses_at, points
+from zo_core.zo.first_order import AdamW, gradients_of
 from zo_core.zo.forward import Forward, Prepared
-from zo_core.zo.scope import Draw, Point, TunedScope
+from zo_core.zo.inplace import InplaceScope
+from zo_core.zo.optimizers import OPTIMIZERS, ZoSgd
+from zo_core.zo.schedule import learning_rate
+from zo_core.zo.scope import BASE, Draw, TunedScope
+from zo_core.zo.scopes import Selection
+
+COUNT_EVERY = 100
+"""Steps between counts of the weights that an update changed; the first steps are denser."""
 
 
 class LossNotFiniteError(UserError):
@@ -32,6 +43,17 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     forward_passes: int = 0
+
+
+def make_scope(job: TuneJob, selection: Selection) -> TunedScope:
+    """The scope of a job, in the precision it asks for."""
+    kind = InplaceScope if job.precision == "inplace" else TunedScope
+    return kind(selection.parameters, selection.masks)
+
+
+def make_optimizer(job: TuneJob) -> ZoSgd:
+    """The optimizer of a job, without any state yet."""
+    return AdamW(job) if job.optimizer == "adamw" else OPTIMIZERS[job.optimizer](job)
 
 
 def batch_indices(seed: int, step: int, count: int, batch_size: int) -> list[int]:
@@ -50,25 +72,17 @@ def batch_indices(seed: int, step: int, count: int, batch_size: int) -> list[int
     return order[place * size : (place + 1) * size].tolist()
 
 
-def projected_gradient(
-    forward: Forward, prepared: Prepared, scope: TunedScope, draw: Draw, eps: float
-) -> tuple[float, float, float]:
-    """Two-sided estimate ``g = (L(theta + eps z) - L(theta - eps z)) / (2 eps)`` (Spall 1992).
-
-    Leaves the working weights in an unspecified state: update or restore them next.
-
-    Returns:
-        (g, loss at +, loss at -).
-    """
-    pair = forward.logits_at(prepared, scope, (Point(draw, eps), Point(draw, -eps)))
-    loss_plus, loss_minus = (float(task_loss(logits, prepared.scored)) for logits in pair)
-    return (loss_plus - loss_minus) / (2 * eps), loss_plus, loss_minus
+def draws_of(job: TuneJob, step: int) -> list[Draw]:
+    """The directions of a step."""
+    return [Draw(job.noise, job.seed, step, i) for i in range(job.directions)]
 
 
 def train(
     job: TuneJob,
+    loaded: LoadedModel,
     forward: Forward,
     scope: TunedScope,
+    optimizer: ZoSgd,
     examples: Sequence[Example],
     progress: Progress,
     on_step: Callable[[dict[str, Any]], None],
@@ -77,8 +91,10 @@ def train(
 
     Args:
         job: eps, lr, seed and so on.
+        loaded: the model that ``forward`` runs.
         forward: how losses are computed.
         scope: what is tuned; holds the weights of ``progress.step``.
+        optimizer: holds the state of ``progress.step``.
         examples: training rows.
         progress: updated in place.
         on_step: receives every ledger record once its update is applied; may raise to stop.
@@ -86,47 +102,128 @@ def train(
     Raises:
         LossNotFiniteError: see the class.
     """
-    lr = job.effective_lr
     while progress.step < job.steps:
         began = time.perf_counter()
         step = progress.step + 1
-        indices = batch_indices(job.seed, step, len(examples), job.batch_size)
-        prepared = forward.prepare([examples[i] for i in indices])
-        draw = Draw(job.noise, job.seed, step)
-        g, loss_plus, loss_minus = projected_gradient(forward, prepared, scope, draw, job.eps)
-        if not all(map(math.isfinite, (loss_plus, loss_minus, g))):
-            scope.restore()
-            raise LossNotFiniteError(
-                f"The loss is not finite at step {step} (+: {loss_plus}, -: {loss_minus}): lower "
-                f"lr or eps. The last checkpoint is kept, and the ledger up to step {step - 1}."
-            )
-        scope.update(draw, g, lr, job.weight_decay)
+        rows = batch_indices(job.seed, step, len(examples), job.batch_size * job.accumulate)
+        batch = [
+            forward.prepare([examples[rows[i]] for i in part])
+            for part in batches(len(rows), job.batch_size)
+        ]
+        if isinstance(optimizer, AdamW):
+            found, passes = _first_order_step(job, loaded, forward, scope, optimizer, batch, step)
+        else:
+            found, passes = _zeroth_order_step(job, forward, scope, optimizer, batch, step)
         progress.step = step
         progress.seconds += time.perf_counter() - began
-        progress.forward_passes += 2
+        progress.forward_passes += passes
         on_step(
             {
                 "kind": "step",
                 "step": step,
-                "loss": (loss_plus + loss_minus) / 2,
-                "loss_plus": loss_plus,
-                "loss_minus": loss_minus,
-                "g": [g],
-                "lr": lr,
+                **found,
                 "seconds": round(progress.seconds, 4),
                 "forward_passes": progress.forward_passes,
             }
         )
 
 
-def replay(job: TuneJob, scope: TunedScope, records: Sequence[dict[str, Any]]) -> None:
+def _zeroth_order_step(
+    job: TuneJob,
+    forward: Forward,
+    scope: TunedScope,
+    optimizer: ZoSgd,
+    batch: Sequence[Prepared],
+    step: int,
+) -> tuple[dict[str, Any], int]:
+    """Estimate, update, and what the ledger keeps of it; the number of forward passes."""
+    draws = draws_of(job, step)
+    found = estimate(
+        forward, batch, scope, draws, job.eps, job.estimator, with_base=optimizer.conservative
+    )
+    _check_finite(scope, step, found.losses + found.g)
+    lr = learning_rate(job, step)
+    passes = len(found.losses)
+    saved = None
+    if optimizer.conservative:
+        scope.restore()
+        saved = scope.snapshot()
+    changed = optimizer.update(scope, draws, found.g, lr, _counts(step))
+    record: dict[str, Any] = {
+        "loss": found.loss,
+        "loss_plus": fmean(found.plus),
+        "loss_minus": fmean(found.minus) if found.minus else None,
+        "g": found.g,
+        "lr": lr,
+    }
+    if len(batch) > 1:
+        record["micro_batches"] = len(batch)
+    if saved is not None:
+        assert found.base is not None
+        (after,) = losses_at(forward, batch, scope, [BASE])
+        passes += 1
+        record["accepted"] = after <= found.base
+        if not record["accepted"]:
+            scope.load(saved)
+    if changed is not None:
+        record["changed"] = changed / scope.size
+    return record, passes * len(batch)
+
+
+def _first_order_step(
+    job: TuneJob,
+    loaded: LoadedModel,
+    forward: Forward,
+    scope: TunedScope,
+    optimizer: AdamW,
+    batch: Sequence[Prepared],
+    step: int,
+) -> tuple[dict[str, Any], int]:
+    """Gradient, update, and what the metrics keep of it; the number of forward passes."""
+    loss, gradients = gradients_of(loaded, forward, batch, scope)
+    norm = math.sqrt(sum(float(d.square().sum(dtype=torch.float64)) for d in gradients.values()))
+    _check_finite(scope, step, [loss, norm])
+    lr = learning_rate(job, step)
+    changed = optimizer.step(scope, gradients, step, lr, _counts(step))
+    record: dict[str, Any] = {"loss": loss, "gradient_norm": norm, "g": [], "lr": lr}
+    if changed is not None:
+        record["changed"] = changed / scope.size
+    return record, len(batch)
+
+
+def _counts(step: int) -> bool:
+    """Whether a step counts the weights that it changes: powers of two and every hundredth."""
+    return step & (step - 1) == 0 or step % COUNT_EVERY == 0
+
+
+def _check_finite(scope: TunedScope, step: int, values: Sequence[float]) -> None:
+    if not all(map(math.isfinite, values)):
+        scope.restore()
+        raise LossNotFiniteError(
+            f"The loss is not finite at step {step} (losses and g: "
+            f"{', '.join(f'{v:g}' for v in values[:6])}): lower lr or eps. The last checkpoint is "
+            f"kept, and the ledger up to step {step - 1}."
+        )
+
+
+def replay(
+    job: TuneJob, scope: TunedScope, optimizer: ZoSgd, records: Sequence[dict[str, Any]]
+) -> None:
     """Apply ledger records to a scope: no forward pass, the same bits.
 
     Args:
-        job: noise, seed and weight decay.
+        job: noise, seed, optimizer and so on.
         scope: holds the weights of the step before the first record.
-        records: consecutive ``step`` records.
+        optimizer: holds the state of that step.
+        records: consecutive ``step`` records of a zeroth-order run.
     """
     for record in records:
-        (g,) = record["g"]
-        scope.update(Draw(job.noise, job.seed, record["step"]), g, record["lr"], job.weight_decay)
+        draws = draws_of(job, record["step"])
+        if isinstance(scope, InplaceScope):
+            where = points(draws, job.eps, job.estimator, with_base=optimizer.conservative)
+            for point in where * record.get("micro_batches", 1):
+                scope.perturb(point)
+        if record.get("accepted", True):
+            optimizer.update(scope, draws, record["g"], record["lr"])
+        else:
+            scope.restore()

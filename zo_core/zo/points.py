@@ -1,0 +1,55 @@
+"""A scope's weights at several points of weight space, written side by side.
+
+On a GPU one kernel reads the master once and makes z on the way; elsewhere, and for scopes that it
+cannot do, :meth:`TunedScope.weights_at` says what to write.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from zo_core.zo.noise import key
+from zo_core.zo.scope import Draw, Point, TunedScope
+
+
+def keys_on_device(scope: TunedScope, draw: Draw) -> torch.Tensor:
+    """Philox keys of a scope's parameters, int64 [P], in their order."""
+    keys = [key(draw.seed, draw.step, name, draw.direction) for name in scope.parameters]
+    signed = torch.tensor(keys, dtype=torch.uint64).view(torch.int64)
+    device = next(iter(scope.parameters.values())).device
+    return signed.pin_memory().to(device, non_blocking=True)
+
+
+def fusible(scope: TunedScope, noise: str) -> bool:
+    """Whether the fused kernels do what this scope does."""
+    return (
+        type(scope) is TunedScope
+        and not scope.masks
+        and noise in {"gaussian", "rademacher"}
+        and all(p.is_cuda and p.is_contiguous() for p in scope.parameters.values())
+    )
+
+
+def write_points(
+    scope: TunedScope, points: Sequence[Point], out: Mapping[str, Sequence[torch.Tensor]]
+) -> None:
+    """Write the working weights of every parameter at every point.
+
+    Args:
+        scope: the scope.
+        points: n points.
+        out: parameter name -> n tensors like the parameter.
+    """
+    draw, eps = points[0].draw, points[0].scale
+    pair = draw is not None and tuple(points) == (Point(draw, eps), Point(draw, -eps))
+    if draw is None or not pair or not fusible(scope, draw.noise):
+        for name, tensors in out.items():
+            for point, tensor in zip(points, tensors, strict=True):
+                tensor.copy_(scope.weights_at(name, point))
+        return
+    from zo_core.zo.kernels.noise import perturb_pair
+
+    keys = keys_on_device(scope, draw)
+    for which, (name, master) in enumerate(scope.master.items()):
+        plus, minus = out[name]
+        perturb_pair(draw.noise, master, plus, minus, keys, which, eps)
