@@ -60,6 +60,8 @@ def test_pair_and_step(
     # eps and alpha are powers of two, so that a fused multiply-add rounds as two operations do
     assert torch.equal(plus, (master + 0.5 * z).to(dtype))
     assert torch.equal(minus, (master - 0.5 * z).to(dtype))
+    kernels.perturb(kind, master, working, keys, 1, -0.5)
+    assert torch.equal(working, minus)
     before = master.clone()
     kernels.step(kind, master, working, keys, 1, alpha)
     assert torch.equal(master, before - 0.25 * z)

@@ -75,7 +75,7 @@ def test_every_part_of_the_key_matters() -> None:
 def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     """The chunk that bounds memory has no influence on the numbers."""
     whole = perturbation("gaussian", 3, 4, "w", (10_007,))
-    monkeypatch.setitem(noise._CHUNK, "cpu", 512)
+    monkeypatch.setattr(noise, "_CHUNK", 512)
     assert torch.equal(perturbation("gaussian", 3, 4, "w", (10_007,)), whole)
 
 

@@ -264,8 +264,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 
 
 @pytest.mark.real_loss
-@pytest.mark.parametrize("text", ["layer:2", "channels:2:top10%", "lora", "prefix"])
-def test_adamw_lowers_the_loss_of_a_model(tiny: LoadedModel, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "lr"), [("layer:2", 1e-2), ("channels:2:top10%", 1e-2), ("lora", 1e-2), ("prefix", 1)]
+)
+def test_adamw_lowers_the_loss_of_a_model(tiny: LoadedModel, text: str, lr: float) -> None:
     """True gradients, recomputed blocks: the same as without, and ten steps help."""
     data = load_task("reviews")
     examples = [encode(data.task, r, tiny.tokenizer, tiny.context) for r in data.train[:8]]
@@ -283,10 +285,10 @@ def test_adamw_lowers_the_loss_of_a_model(tiny: LoadedModel, text: str) -> None:
     for (name, gradient), other in zip(gradients.items(), plain, strict=True):
         inside = scope.masks.get(name, torch.ones_like(other))
         torch.testing.assert_close(gradient, other * inside, rtol=1e-4, atol=1e-7)
-    job = TuneJob(optimizer="adamw", scope=text, steps=10, batch_size=8, lr=1e-2)
+    job = TuneJob(optimizer="adamw", scope=text, steps=10, batch_size=8, lr=lr)
     records: list[dict[str, Any]] = []
     train(job, tiny, forward, scope, AdamW(job), examples, Progress(), records.append)
-    assert records[-1]["loss"] < records[0]["loss"] - 1e-4
+    assert records[-1]["loss"] < records[0]["loss"] - 3e-4
     assert math.isfinite(records[-1]["gradient_norm"])
     assert records[-1]["g"] == []
     scope.close()

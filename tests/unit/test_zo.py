@@ -29,7 +29,7 @@ DRAW = Draw("gaussian", seed=0, step=1)
 @pytest.mark.parametrize("layer", [None, 3])
 def test_restore_is_exact(demo: LoadedModel, dtype: str, layer: int | None) -> None:
     """After both perturbations and an update with lr 0, every weight has its old bits."""
-    loaded = load(ModelFields(device=str(demo.device), dtype=dtype))
+    loaded = load(ModelFields(device=demo.device.type, dtype=dtype))
     before = {n: p.clone() for n, p in loaded.model.named_parameters()}
     scope = TunedScope(scope_parameters(loaded, layer))
     scope.perturb(Point(DRAW, 1e-3))

@@ -65,7 +65,7 @@ def _tune(
             f"{truncated['train']} training and {truncated['validation']} validation rows are "
             f"longer than {loaded.context - selection.positions} tokens allow: cut on the left"
         )
-    forward, reason = _choose_path(job, loaded, selection.lowest, training[:2])
+    forward, reason = _choose_path(job, loaded, selection, training[:2])
     if isinstance(forward, FastForward):
         for examples in (training, validation):
             forward.register(examples)
@@ -127,11 +127,14 @@ def _tune(
             if due(step):
                 measure(step)
 
+        def looks(step: int) -> bool:
+            return due(step) or step % job.checkpoint_every == 0
+
         if due(progress.step):
             measure(progress.step)
         context.detail(before=_outcome(evaluations[0]))
         try:
-            train(job, loaded, forward, scope, optimizer, training, progress, on_step)
+            train(job, loaded, forward, scope, optimizer, training, progress, on_step, looks)
         except LossNotFiniteError:
             raise  # the weights have run away: the checkpoint before is the better one
         except BaseException:
@@ -189,11 +192,19 @@ def _encode(
 
 
 def _choose_path(
-    job: TuneJob, loaded: LoadedModel, layer: int | None, examples: list[Example]
+    job: TuneJob, loaded: LoadedModel, selection: Selection, examples: list[Example]
 ) -> tuple[Forward, str]:
     if job.reference_only:
         return ReferenceForward(loaded), job.reference_only
-    return choose_forward(loaded, job.path, layer, examples, min(CHUNK, job.batch_size))
+    return choose_forward(
+        loaded,
+        job.path,
+        selection.lowest,
+        examples,
+        chunk=min(CHUNK, job.batch_size),
+        steps=job.steps,
+        tuned=selection.parameters,
+    )
 
 
 def _fingerprint(

@@ -11,7 +11,7 @@ Both run the model's own modules; neither re-implements an architecture.
   batch; logits are computed at the scored places only.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +27,7 @@ from zo_core.tasks.templates import Example
 from zo_core.zo.graphs import GraphedForward, Row
 from zo_core.zo.packing import Packing, pack, packed
 from zo_core.zo.paired import NotTokenwiseError, paired
-from zo_core.zo.points import write_points
+from zo_core.zo.points import move_to, write_points
 from zo_core.zo.scope import Point, TunedScope
 
 CHUNK = 32
@@ -78,7 +78,7 @@ def _one_by_one(
     """Logits at every point, one forward pass each."""
     found = []
     for point in points:
-        scope.perturb(point)
+        move_to(scope, point)
         found.append(forward.logits(prepared))
     return found
 
@@ -138,6 +138,7 @@ class FastForward:
         chunk: int = CHUNK,
         graphs: bool = False,
         compiled: bool = False,
+        tuned: Collection[str] = (),
     ) -> None:
         """Wrap a loaded model.
 
@@ -149,9 +150,15 @@ class FastForward:
             chunk: examples whose prefix is computed together.
             graphs: lay batches into buckets and replay CUDA graphs of them; CUDA, bf16 or fp16.
             compiled: run the frozen blocks above the tuned layer through ``torch.compile``.
+            tuned: names of the tuned parameters; blocks that hold one are not compiled.
         """
         self._loaded = loaded
-        self._compiled: dict[int, Callable[..., Any]] | None = {} if compiled else None
+        prefix = loaded.decoder.prefix
+        self._compiled = {
+            block: torch.compile(block.forward, dynamic=True)
+            for i, block in enumerate(loaded.decoder.blocks)
+            if compiled and i > layer and not any(n.startswith(f"{prefix}.{i}.") for n in tuned)
+        }
         self._graphed = (
             GraphedForward(self._launch, loaded.device, loaded.info.hidden_size, loaded.dtype)
             if graphs
@@ -166,6 +173,12 @@ class FastForward:
         self._cache: dict[int, torch.Tensor] = {}
         self._returned = 0
         """How many values a block returns in a tuple; 0 if it returns the hidden states alone."""
+
+    @property
+    def extras(self) -> str:
+        """What a GPU adds to this path, in words."""
+        graphs = ", CUDA graphs" if self._graphed else ""
+        return graphs + (", frozen blocks compiled" if self._compiled else "")
 
     def register(self, examples: Sequence[Example]) -> None:
         """Announce a data set whose prefixes are to be cached, if they fit the budget.
@@ -348,24 +361,12 @@ class FastForward:
     @contextmanager
     def _faster_blocks(self) -> Iterator[None]:
         """Within, frozen blocks above the tuned layer run compiled, if that is asked for."""
-        if self._compiled is None:
-            yield
-            return
-        tuned = tuple(self._weights)
-        blocks = {
-            i: block
-            for i, block in enumerate(self._loaded.decoder.blocks)
-            if i > self._layer
-            and not any(n.startswith(f"{self._loaded.decoder.prefix}.{i}.") for n in tuned)
-        }
-        for i, block in blocks.items():
-            if i not in self._compiled:
-                self._compiled[i] = torch.compile(block.forward, dynamic=True)
-            block.forward = self._compiled[i]
+        for block, compiled in self._compiled.items():
+            block.forward = compiled
         try:
             yield
         finally:
-            for block in blocks.values():
+            for block in self._compiled:
                 del block.forward  # uncovers the class's own
 
 

@@ -24,14 +24,14 @@ class Queued:
     step: int
     lr: float
     values: torch.Tensor
-    """float64 [3], pinned: g and the losses at plus and minus, once ``arrived``."""
+    """float64 [4], pinned: g, the losses at plus and minus, changed weights; once ``arrived``."""
     arrived: torch.cuda.Event
 
-    def read(self) -> tuple[float, float, float]:
-        """Wait for the results: g, loss at plus, loss at minus."""
+    def read(self) -> tuple[float, float, float, int]:
+        """Wait for the results: g, loss at plus, loss at minus, changed weights (if counted)."""
         self.arrived.synchronize()
-        g, plus, minus = self.values.tolist()
-        return g, plus, minus
+        g, plus, minus, changed = self.values.tolist()
+        return g, plus, minus, int(changed)
 
 
 class FusedSteps:
@@ -62,8 +62,8 @@ class FusedSteps:
         self._alive = torch.ones((), dtype=torch.bool, device=device)
 
     @torch.no_grad()
-    def launch(self, prepared: Prepared, draw: Draw, lr: float) -> Queued:
-        """Queue a step on a batch."""
+    def launch(self, prepared: Prepared, draw: Draw, lr: float, count: bool = False) -> Queued:
+        """Queue a step on a batch; with ``count``, count the weights that it changes."""
         from zo_core.zo.kernels.noise import step
 
         scope = self._scope
@@ -74,10 +74,15 @@ class FusedSteps:
         self._alive &= g.isfinite()
         alpha = torch.where(self._alive, g * -lr, 0.0).float()
         keys = keys_on_device(scope, draw)
+        changed = torch.zeros_like(g)
         for which, (name, master) in enumerate(scope.master.items()):
-            step(draw.noise, master, scope.parameters[name], keys, which, alpha)
-        values = torch.empty(3, dtype=torch.float64, pin_memory=True)
-        values.copy_(torch.stack((g, plus, minus)), non_blocking=True)
+            working = scope.parameters[name]
+            before = master.to(working.dtype, copy=True) if count else None
+            step(draw.noise, master, working, keys, which, alpha)
+            if before is not None:
+                changed += (working != before).sum()
+        values = torch.empty(4, dtype=torch.float64, pin_memory=True)
+        values.copy_(torch.stack((g, plus, minus, changed)), non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
         return Queued(draw.step, lr, values, arrived)

@@ -126,7 +126,7 @@ class GraphedForward:
         packing: Packing,
         copies: int,
     ) -> torch.Tensor:
-        """Logits [copies x U, V]; overwritten by the next call of the same bucket.
+        """Logits [copies x U, V].
 
         Args:
             ids: int64 [1, T].
@@ -151,7 +151,8 @@ class GraphedForward:
             output = slots.output
         else:
             output = self._run(slots.row)
-        return output.unflatten(0, (copies, bucket.places))[:, :count].flatten(0, 1)
+        # A copy: the next replay overwrites the graph's output.
+        return output.unflatten(0, (copies, bucket.places))[:, :count].flatten(0, 1).clone()
 
     def _bucket(
         self, tokens: int, places: int, cached: bool, packing: Packing, copies: int

@@ -24,8 +24,8 @@ import torch
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
-_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}
-"""Values a chunk: the integer passes stay in a CPU's cache; on a GPU, memory stays bounded."""
+_CHUNK = 1 << 18
+"""Values a chunk: the integer passes stay in a CPU's cache."""
 
 
 def key(seed: int, step: int, name: str, direction: int = 0) -> int:
@@ -96,7 +96,7 @@ def sphere_factor(directions: Iterable[torch.Tensor], size: int) -> float:
     total = 0
     for z in directions:
         flat = z.flatten()
-        step = _CHUNK[z.device.type]
+        step = _CHUNK if z.device.type == "cpu" else _CHUNK << 6
         for start in range(0, len(flat), step):
             squares = flat[start : start + step].square().mul_(_FINE).round_()
             total += int(squares.sum(dtype=torch.int64))
@@ -138,7 +138,14 @@ def perturbation(
     if counters > _MASK:
         raise ValueError(f"{name} has {values} values: more than one Philox stream holds.")
     stream = key(seed, step, name, direction)
-    chunk = _CHUNK[torch.device(device).type] // width
+    if torch.device(device).type == "cuda":
+        from zo_core.zo.kernels.noise import make
+
+        made = torch.empty(tuple(shape), dtype=torch.float32, device=device)
+        there = torch.tensor([stream], dtype=torch.uint64).view(torch.int64).to(device)
+        make("rademacher" if kind == "rademacher" else "gaussian", made, there, 0)
+        return made
+    chunk = _CHUNK // width
     out = torch.empty(counters * width, dtype=torch.float32, device=device)
     for start in range(0, counters, chunk):
         stop = min(start + chunk, counters)

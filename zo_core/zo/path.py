@@ -1,7 +1,7 @@
 """Which forward path a job takes, and why."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -9,6 +9,10 @@ from zo_core.models.load import LoadedModel
 from zo_core.tasks.scoring import task_loss
 from zo_core.tasks.templates import Example
 from zo_core.zo.forward import CHUNK, FastForward, Forward, ReferenceForward
+
+GRAPHS_FROM, COMPILED_FROM = 50, 300
+"""Steps from which a run on a GPU replays CUDA graphs, and compiles its frozen blocks (some ten
+seconds)."""
 
 TOLERANCE = {torch.float32: 1e-4}
 ROUNDED_TOLERANCE = 5e-2
@@ -22,6 +26,8 @@ def choose_forward(
     layer: int | None,
     examples: Sequence[Example],
     chunk: int = CHUNK,
+    steps: int = 0,
+    tuned: Collection[str] = (),
 ) -> tuple[Forward, str]:
     """The forward path of a job. ``auto`` takes the fast one if it agrees with the reference.
 
@@ -31,16 +37,27 @@ def choose_forward(
         layer: the lowest tuned layer; None: nothing is frozen below.
         examples: a few examples to compare the paths on.
         chunk: see :class:`~zo_core.zo.forward.FastForward`.
+        steps: how many steps will be run: what takes time to set up must be worth it.
+        tuned: names of the tuned parameters.
 
     Returns:
         The path, and the reason in words.
     """
     if path == "reference":
         return ReferenceForward(loaded), "asked for"
-    fast = FastForward(loaded, layer or 0, chunk=chunk)
+    graphs = loaded.device.type == "cuda" and loaded.dtype != torch.float32
+    fast = FastForward(
+        loaded,
+        layer or 0,
+        chunk=chunk,
+        graphs=graphs and steps >= GRAPHS_FROM,
+        compiled=graphs and steps >= COMPILED_FROM,
+        tuned=tuned,
+    )
     reason = "no padding, logits only where scored"
     if layer:
         reason += f", layers below {layer} frozen and cached"
+    reason += fast.extras
     if path == "fast":
         return fast, reason
     objection = _objection(loaded, fast, examples)

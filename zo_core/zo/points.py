@@ -30,6 +30,14 @@ def fusible(scope: TunedScope, noise: str) -> bool:
     )
 
 
+def move_to(scope: TunedScope, point: Point) -> None:
+    """Set the working weights of a scope to those of a point."""
+    if point.draw is not None and fusible(scope, point.draw.noise):
+        write_points(scope, [point], {name: [p] for name, p in scope.parameters.items()})
+    else:
+        scope.perturb(point)
+
+
 def write_points(
     scope: TunedScope, points: Sequence[Point], out: Mapping[str, Sequence[torch.Tensor]]
 ) -> None:
@@ -41,15 +49,18 @@ def write_points(
         out: parameter name -> n tensors like the parameter.
     """
     draw, eps = points[0].draw, points[0].scale
-    pair = draw is not None and tuple(points) == (Point(draw, eps), Point(draw, -eps))
-    if draw is None or not pair or not fusible(scope, draw.noise):
+    one, pair = (Point(draw, eps),), (Point(draw, eps), Point(draw, -eps))
+    if draw is None or tuple(points) not in (one, pair) or not fusible(scope, draw.noise):
         for name, tensors in out.items():
             for point, tensor in zip(points, tensors, strict=True):
                 tensor.copy_(scope.weights_at(name, point))
         return
-    from zo_core.zo.kernels.noise import perturb_pair
+    from zo_core.zo.kernels.noise import perturb, perturb_pair
 
     keys = keys_on_device(scope, draw)
     for which, (name, master) in enumerate(scope.master.items()):
-        plus, minus = out[name]
-        perturb_pair(draw.noise, master, plus, minus, keys, which, eps)
+        if len(points) == 1:
+            perturb(draw.noise, master, out[name][0], keys, which, eps)
+        else:
+            plus, minus = out[name]
+            perturb_pair(draw.noise, master, plus, minus, keys, which, eps)

@@ -7,7 +7,9 @@ gradients rebuilds the weights, and going on from there is the same as never hav
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -22,6 +24,7 @@ from zo_core.tasks.templates import Example
 from zo_core.zo.estimator import estimate, losses_at, points
 from zo_core.zo.first_order import AdamW, gradients_of
 from zo_core.zo.forward import Forward, Prepared
+from zo_core.zo.fused import FusedSteps, Queued
 from zo_core.zo.inplace import InplaceScope
 from zo_core.zo.optimizers import OPTIMIZERS, ZoSgd
 from zo_core.zo.schedule import learning_rate
@@ -86,6 +89,7 @@ def train(
     examples: Sequence[Example],
     progress: Progress,
     on_step: Callable[[dict[str, Any]], None],
+    looks: Callable[[int], bool] = lambda _step: True,
 ) -> None:
     """Run the steps that are left.
 
@@ -98,10 +102,15 @@ def train(
         examples: training rows.
         progress: updated in place.
         on_step: receives every ledger record once its update is applied; may raise to stop.
+        looks: whether ``on_step`` looks at the weights of a step, or needs them to stay. On a GPU
+            further steps are queued behind those where it does not.
 
     Raises:
         LossNotFiniteError: see the class.
     """
+    if FusedSteps.apply_to(job, forward, scope):
+        _train_queued(job, forward, scope, examples, progress, on_step, looks)
+        return
     while progress.step < job.steps:
         began = time.perf_counter()
         step = progress.step + 1
@@ -114,18 +123,74 @@ def train(
             found, passes = _first_order_step(job, loaded, forward, scope, optimizer, batch, step)
         else:
             found, passes = _zeroth_order_step(job, forward, scope, optimizer, batch, step)
-        progress.step = step
-        progress.seconds += time.perf_counter() - began
-        progress.forward_passes += passes
-        on_step(
-            {
-                "kind": "step",
-                "step": step,
-                **found,
-                "seconds": round(progress.seconds, 4),
-                "forward_passes": progress.forward_passes,
-            }
-        )
+        on_step(_advance(progress, step, time.perf_counter() - began, passes, found))
+
+
+def _advance(
+    progress: Progress, step: int, seconds: float, passes: int, found: dict[str, Any]
+) -> dict[str, Any]:
+    """Count a step, and its record for the ledger."""
+    progress.step = step
+    progress.seconds += seconds
+    progress.forward_passes += passes
+    return {
+        "kind": "step",
+        "step": step,
+        **found,
+        "seconds": round(progress.seconds, 4),
+        "forward_passes": progress.forward_passes,
+    }
+
+
+def _train_queued(
+    job: TuneJob,
+    forward: Forward,
+    scope: TunedScope,
+    examples: Sequence[Example],
+    progress: Progress,
+    on_step: Callable[[dict[str, Any]], None],
+    looks: Callable[[int], bool],
+) -> None:
+    """The same with one step ahead of the host; see :class:`FusedSteps`."""
+    steps = FusedSteps(forward, scope, job.eps)
+    queue: deque[Queued] = deque()
+    launched = progress.step
+    began = time.perf_counter()
+
+    def settle() -> dict[str, Any]:
+        nonlocal began
+        queued = queue.popleft()
+        g, plus, minus, changed = queued.read()
+        _check_finite(scope, queued.step, (plus, minus, g))
+        record = {"loss": (plus + minus) / 2, "loss_plus": plus, "loss_minus": minus, "g": [g]}
+        record["lr"] = queued.lr
+        if _counts(queued.step):
+            record["changed"] = changed / scope.size
+        now = time.perf_counter()
+        seconds, began = now - began, now
+        return _advance(progress, queued.step, seconds, 2, record)
+
+    try:
+        while progress.step < job.steps:
+            while launched < job.steps and len(queue) < 2 and not (queue and looks(launched)):
+                launched += 1
+                rows = batch_indices(job.seed, launched, len(examples), job.batch_size)
+                prepared = forward.prepare([examples[i] for i in rows])
+                (draw,) = draws_of(job, launched)
+                lr = learning_rate(job, launched)
+                queue.append(steps.launch(prepared, draw, lr, _counts(launched)))
+            record = settle()
+            on_step(record)
+            if looks(progress.step):
+                began = time.perf_counter()
+    except LossNotFiniteError:
+        raise  # later steps left the weights alone
+    except BaseException:
+        while queue:  # these steps have changed the weights: they belong to the ledger
+            record = settle()
+            with suppress(Exception):
+                on_step(record)
+        raise
 
 
 def _zeroth_order_step(

@@ -57,6 +57,15 @@ def _make(out, n, keys, which, GAUSSIAN: tl.constexpr, BLOCK: tl.constexpr):  # 
 
 
 @triton.jit
+def _point(master, out, n, keys, which, scale, GAUSSIAN: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
+    block = tl.program_id(0).to(tl.int64)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    z = _z(tl.load(keys + which), block, GAUSSIAN, BLOCK)
+    w = tl.load(master + at, mask=at < n)
+    tl.store(out + at, tl.fma(z, scale, w).to(out.dtype.element_ty), mask=at < n)
+
+
+@triton.jit
 def _pair(master, plus, minus, n, keys, which, eps, GAUSSIAN: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
     block = tl.program_id(0).to(tl.int64)
     at = block * BLOCK + tl.arange(0, BLOCK)
@@ -103,6 +112,20 @@ def make(kind: str, out: torch.Tensor, keys: torch.Tensor, which: int) -> None:
     n = out.numel()
     with torch.cuda.device(out.device):
         _make[_grid(n)](out, n, keys, which, kind == "gaussian", BLOCK)
+
+
+def perturb(
+    kind: str,
+    master: torch.Tensor,
+    out: torch.Tensor,
+    keys: torch.Tensor,
+    which: int,
+    scale: float,
+) -> None:
+    """Write ``master + scale z``, rounded once; arguments as of :func:`perturb_pair`."""
+    n = master.numel()
+    with torch.cuda.device(master.device):
+        _point[_grid(n)](master, out, n, keys, which, scale, kind == "gaussian", BLOCK)
 
 
 def perturb_pair(
