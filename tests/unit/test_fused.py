@@ -44,8 +44,7 @@ def run(
     """Ledger and true weights of a run."""
     layer = None if job.scope == "full" else 3
     forward = FastForward(demo, layer or 0, graphs=True)
-    assert forward._graphed is not None
-    forward._graphed.capture = graphs
+    forward.use_graphs(graphs)
     forward.register(examples)
     scope = TunedScope(scope_parameters(demo, layer))
     ledger: list[dict[str, Any]] = []

@@ -6,7 +6,8 @@ left to a multiple of 8, classification tasks run batch x candidates rows, and t
 from the log-probabilities of every position and word.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +92,16 @@ class PublishedMezo:
             parameter.data = parameter.data - self._lr * (g * _normal(parameter))
         mark("update")
         return float(plus)
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Afterwards every weight is what it was, and where it was: graphs may know the place."""
+        kept = [parameter.data for parameter in self._parameters]
+        try:
+            yield
+        finally:
+            for parameter, data in zip(self._parameters, kept, strict=True):
+                parameter.data = data
 
     def _perturb(self, seed: int, factor: int) -> None:
         torch.manual_seed(seed)

@@ -13,12 +13,15 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
 from zo_core import backend
 from zo_core.bench.main_job import as_dict, run_bench
 from zo_core.cli import runs as runs_commands
-from zo_core.cli.launch import follow, launch, report, writable
+from zo_core.cli.launch import follow, launch, refuse, report, writable
 from zo_core.cli.options import with_job_options
+from zo_core.errors import UserError
+from zo_core.jobs import explain
 from zo_core.runs import to_json
 from zo_core.settings import ROOT, settings
 
@@ -124,8 +127,24 @@ def unload(json: Json = False) -> None:
 
 
 @app.command()
-def bench(json: Json = False) -> None:
-    """Time the main job on this machine against its targets."""
+def bench(
+    shape: Annotated[
+        str | None,
+        typer.Option(help="time one step against MeZO: llama2-7b, qwen3-8b or demo"),
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="with --shape")] = "copa,sst2,wsc,cb,drop",
+    data_dir: Annotated[Path | None, typer.Option(help="rows for their lengths")] = None,
+    layer: Annotated[int | None, typer.Option(help="tuned layer; none given: the shape's")] = None,
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda")] = "auto",
+    dtype: Annotated[str, typer.Option(metavar="auto|float32|bfloat16|float16")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="write the Markdown table here")] = None,
+    json: Json = False,
+) -> None:
+    """Time the main job on this machine, or (--shape) one ZO step against MeZO as published."""
+    if shape is not None:
+        writable(out, "--out", json)
+        step_bench(shape, tasks.split(","), data_dir, layer, device, dtype, out, json)
+        return
     with TemporaryDirectory(prefix="zoscope-bench-") as folder:
         settings().cache_dir = Path(folder)
         try:
@@ -139,6 +158,39 @@ def bench(json: Json = False) -> None:
         )
     if json:
         typer.echo(to_json({"measurements": [as_dict(m) for m in found]}))
+
+
+def step_bench(
+    shape: str,
+    tasks: list[str],
+    data_dir: Path | None,
+    layer: int | None,
+    device: str,
+    dtype: str,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Time one step of every arm, in this process: it needs the device for itself."""
+    from zo_core.bench.step import markdown, run_step_bench
+
+    try:
+        result = run_step_bench(
+            shape,
+            tasks,
+            data_dir or settings().data_dir,
+            layer,
+            device,
+            dtype,
+            lambda line: typer.echo(f"... {line}", err=True),
+        )
+    except (UserError, ValidationError) as error:
+        refuse(explain(error) if isinstance(error, ValidationError) else str(error), as_json)
+    table = markdown(result)
+    typer.echo(table)
+    if out is not None:
+        out.write_text(table)
+    if as_json:
+        typer.echo(to_json(result))
 
 
 @app.command(name="app")

@@ -174,6 +174,11 @@ class FastForward:
         self._returned = 0
         """How many values a block returns in a tuple; 0 if it returns the hidden states alone."""
 
+    def use_graphs(self, on: bool) -> None:
+        """Switch CUDA graphs off or on again; the kernels stay the same, and so do the bits."""
+        if self._graphed is not None:
+            self._graphed.capture = on
+
     @property
     def extras(self) -> str:
         """What a GPU adds to this path, in words."""

@@ -13,7 +13,7 @@ import torch
 from zo_core.jobs import TuneJob
 from zo_core.tasks.scoring import task_loss
 from zo_core.zo.forward import Forward, Prepared
-from zo_core.zo.points import fusible, keys_on_device
+from zo_core.zo.points import fusible, step_along
 from zo_core.zo.scope import Draw, Point, TunedScope
 
 
@@ -64,8 +64,6 @@ class FusedSteps:
     @torch.no_grad()
     def launch(self, prepared: Prepared, draw: Draw, lr: float, count: bool = False) -> Queued:
         """Queue a step on a batch; with ``count``, count the weights that it changes."""
-        from zo_core.zo.kernels.noise import step
-
         scope = self._scope
         points = (Point(draw, self._eps), Point(draw, -self._eps))
         pair = self._forward.logits_at(prepared, scope, points)
@@ -73,14 +71,15 @@ class FusedSteps:
         g = (plus - minus) / (2 * self._eps)
         self._alive &= g.isfinite()
         alpha = torch.where(self._alive, g * -lr, 0.0).float()
-        keys = keys_on_device(scope, draw)
+        before = (
+            {n: scope.master[n].to(p.dtype, copy=True) for n, p in scope.parameters.items()}
+            if count
+            else {}
+        )
+        step_along(scope, draw, alpha)
         changed = torch.zeros_like(g)
-        for which, (name, master) in enumerate(scope.master.items()):
-            working = scope.parameters[name]
-            before = master.to(working.dtype, copy=True) if count else None
-            step(draw.noise, master, working, keys, which, alpha)
-            if before is not None:
-                changed += (working != before).sum()
+        for name, weights in before.items():
+            changed += (scope.parameters[name] != weights).sum()
         values = torch.empty(4, dtype=torch.float64, pin_memory=True)
         values.copy_(torch.stack((g, plus, minus, changed)), non_blocking=True)
         arrived = torch.cuda.Event()

@@ -145,7 +145,7 @@ class GraphedForward:
         slots.seen += 1
         if slots.graph is None and self.capture and slots.seen >= CAPTURE_AT:
             self._capture(slots)
-        if slots.graph is not None:
+        if slots.graph is not None and self.capture:
             slots.graph.replay()
             assert slots.output is not None
             output = slots.output

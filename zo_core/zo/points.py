@@ -30,6 +30,21 @@ def fusible(scope: TunedScope, noise: str) -> bool:
     )
 
 
+def step_along(scope: TunedScope, draw: Draw, alpha: torch.Tensor) -> None:
+    """``master += alpha z``, and the working weights from it, without waiting for the device.
+
+    Args:
+        scope: a fusible one.
+        draw: of z.
+        alpha: float32 scalar on the device.
+    """
+    from zo_core.zo.kernels.noise import step
+
+    keys = keys_on_device(scope, draw)
+    for which, (name, master) in enumerate(scope.master.items()):
+        step(draw.noise, master, scope.parameters[name], keys, which, alpha)
+
+
 def move_to(scope: TunedScope, point: Point) -> None:
     """Set the working weights of a scope to those of a point."""
     if point.draw is not None and fusible(scope, point.draw.noise):

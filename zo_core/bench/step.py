@@ -1,0 +1,329 @@
+"""One ZO step: MeZO as published, the naive dominant layer, and ours, side by side in one process.
+
+The arms take turns on the same batches, so that a change of the machine's clock meets all of them.
+Times are of whole steps, perturbation, update and host work included: the clock runs from one
+synchronisation with the device to the next. Ours is the training loop itself, ledger included: its
+time is that of a round of batches, divided. Beside it stands the floor: the matrix products of the
+blocks that have to run, for the tokens that have to run, and nothing else.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from zo_core.bench.mezo import PublishedMezo
+from zo_core.bench.phases import our_phases
+from zo_core.bench.shapes import build, examples
+from zo_core.jobs import TuneJob
+from zo_core.models.load import LoadedModel
+from zo_core.provenance import provenance
+from zo_core.tasks.templates import Example
+from zo_core.zo.forward import FastForward
+from zo_core.zo.path import COMPILED_FROM, choose_forward
+from zo_core.zo.scope import TunedScope, scope_parameters
+from zo_core.zo.trainer import Progress, batch_indices, make_optimizer, train
+
+BATCH, BATCHES = 16, 8
+EPS, LR = 1e-3, 1e-9
+"""The learning rate is too small to move a weight: random models must not run away."""
+ROUNDS = {"cuda": 6, "cpu": 2}
+PEAK_FLOPS = {"NVIDIA H200": 989e12}
+"""Dense bf16 operations a second, NVIDIA's data sheet."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArmTime:
+    """How long a step of an arm takes, in milliseconds."""
+
+    median: float
+    low: float
+    high: float
+    phases: dict[str, float]
+    """By phase, measured apart, with a synchronisation after each."""
+    peak_bytes: int | None
+    """Device memory at its highest, weights included."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskTimes:
+    """One task's row of the table."""
+
+    task: str
+    rows: str
+    tokens: float
+    """Real tokens a batch, mean; a shared prompt counts once."""
+    padded: float
+    """Tokens a batch of MeZO's, rows x width."""
+    mezo: ArmTime
+    naive: ArmTime
+    ours: ArmTime
+    path: str
+    floor: float
+    """Milliseconds of the matrix products alone: blocks from the tuned one up, both points."""
+    flops: float
+    """Floating-point operations of those products."""
+
+    def as_dict(self, peak: float | None) -> dict[str, Any]:
+        """Everything, with the ratios that the targets speak of."""
+        return asdict(self) | {
+            "speedup": self.mezo.median / self.ours.median,
+            "speedup_naive": self.mezo.median / self.naive.median,
+            "over_floor": self.ours.median / self.floor,
+            "utilisation": self.flops / (self.ours.median / 1e3) / peak if peak else None,
+        }
+
+
+class Clock:
+    """Phases of a step, each from one synchronisation to the next."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Start now."""
+        self._device = device
+        self.phases: dict[str, float] = {}
+        self._last = self.now()
+
+    def now(self) -> float:
+        """Milliseconds, once the device has done what it was given."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter() * 1e3
+
+    def mark(self, phase: str) -> None:
+        """The phase that began at the last mark ends here."""
+        now = self.now()
+        self.phases[phase] = self.phases.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
+def run_step_bench(
+    shape: str,
+    tasks: Sequence[str],
+    data_dir: Path | None = None,
+    layer: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    say: Callable[[str], None] = lambda _line: None,
+) -> dict[str, Any]:
+    """Time the arms on every task.
+
+    Args:
+        shape: a key of :data:`zo_core.bench.shapes.SHAPES`.
+        tasks: task names.
+        data_dir: local rows; where they are absent, lengths are drawn.
+        layer: the tuned layer; None: the shape's own.
+        device: see :class:`~zo_core.jobs.ModelFields`.
+        dtype: likewise.
+        say: receives a line for every task.
+
+    Returns:
+        ``shape, layer, batch, tasks`` (:meth:`TaskTimes.as_dict`) and ``provenance``.
+
+    Raises:
+        UserError: an unknown shape or task.
+    """
+    loaded, own = build(shape, device, dtype)
+    layer = own if layer is None else layer
+    facts = provenance(loaded)
+    peak = PEAK_FLOPS.get(facts["device_name"])
+    found = []
+    for task in tasks:
+        say(f"{shape}, layer {layer}: {task}")
+        rows, source = examples(task, loaded, BATCH * BATCHES, data_dir)
+        found.append(_TaskBench(loaded, layer, task, rows).run(source).as_dict(peak))
+    return {"shape": shape, "layer": layer, "batch": BATCH, "tasks": found, "provenance": facts}
+
+
+class _TaskBench:
+    """The arms on the batches of one task."""
+
+    def __init__(self, loaded: LoadedModel, layer: int, task: str, rows: Sequence[Example]) -> None:
+        self._loaded, self._layer, self._task, self._rows = loaded, layer, task, rows
+        steps = range(1, max(1, len(rows) // BATCH) + 1)
+        self._batches = [
+            [rows[i] for i in batch_indices(0, step, len(rows), BATCH)] for step in steps
+        ]
+        self._kind = loaded.device.type
+        self._job = TuneJob(scope=f"layer:{layer}", steps=COMPILED_FROM, eps=EPS, lr=LR)
+
+    def run(self, source: str) -> TaskTimes:
+        loaded, rounds = self._loaded, ROUNDS[self._kind]
+        block = loaded.decoder.blocks[self._layer]
+        arms = {
+            "mezo": PublishedMezo(loaded, list(loaded.model.parameters()), EPS, LR),
+            "naive": PublishedMezo(loaded, list(block.parameters()), EPS, LR),
+        }
+        peaks = {n: self._peak(partial(self._published, arm, 0)) for n, arm in arms.items()}
+        scope = TunedScope(scope_parameters(loaded, self._layer))
+        try:
+            fast, path = choose_forward(
+                loaded,
+                "auto",
+                self._layer,
+                self._rows[:2],
+                steps=COMPILED_FROM,
+                tuned=scope.parameters,
+            )
+            assert isinstance(fast, FastForward), path
+            fast.register(self._rows)
+            for _ in range(2):  # compiles, captures, fills the cache
+                self._ours(fast, scope, 3 * len(self._batches))
+            peaks["ours"] = self._peak(
+                lambda: self._ours(fast, scope, len(self._batches)), reset=False
+            )
+            times: dict[str, list[float]] = {name: [] for name in peaks}
+            for number in range(rounds):
+                for name, arm in arms.items():
+                    times[name].append(self._published(arm, number))
+                times["ours"].append(self._ours(fast, scope, len(self._batches)))
+            phases = {name: self._published_phases(arm) for name, arm in arms.items()}
+            phases["ours"] = our_phases(loaded, fast, scope, self._batches[0], self._layer, EPS)
+        finally:
+            scope.close()
+        tokens = statistics.fmean(sum(_prompt_tokens(e) for e in batch) for batch in self._batches)
+        floor, flops = self._floor(round(2 * tokens))
+        padded = [arms["mezo"].prepare(b).input_ids.numel() for b in self._batches]
+
+        def summary(name: str) -> ArmTime:
+            values = times[name]
+            return ArmTime(
+                statistics.median(values), min(values), max(values), phases[name], peaks[name]
+            )
+
+        return TaskTimes(
+            task=self._task,
+            rows=source,
+            tokens=tokens,
+            padded=statistics.fmean(padded),
+            mezo=summary("mezo"),
+            naive=summary("naive"),
+            ours=summary("ours"),
+            path=path,
+            floor=floor,
+            flops=flops,
+        )
+
+    def _published(self, arm: PublishedMezo, number: int) -> float:
+        """Milliseconds of one step; the weights stay where and what they were."""
+        batch = self._batches[number % len(self._batches)]
+        clock = Clock(self._loaded.device)
+        with arm.undone():
+            began = clock.now()
+            arm.step(arm.prepare(batch), number)
+            return clock.now() - began
+
+    def _published_phases(self, arm: PublishedMezo) -> dict[str, float]:
+        batch = arm.prepare(self._batches[0])
+        with arm.undone():
+            clock = Clock(self._loaded.device)
+            arm.step(batch, 0, clock.mark)
+        return clock.phases
+
+    def _ours(self, fast: FastForward, scope: TunedScope, steps: int) -> float:
+        """Milliseconds a step of the training loop, which is what a run does."""
+        job = self._job.model_copy(update={"steps": steps})
+        ledger: list[dict[str, Any]] = []
+        clock = Clock(self._loaded.device)
+        began = clock.now()
+        train(
+            job,
+            self._loaded,
+            fast,
+            scope,
+            make_optimizer(job),
+            self._rows,
+            Progress(),
+            ledger.append,
+            lambda _step: False,
+        )
+        return (clock.now() - began) / steps
+
+    def _peak(self, run: Callable[[], object], reset: bool = True) -> int | None:
+        if self._kind != "cuda":
+            run()
+            return None
+        torch.cuda.synchronize()
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated()
+
+    @torch.no_grad()
+    def _floor(self, tokens: int) -> tuple[float, float]:
+        """Milliseconds and operations of the products of the blocks from the tuned one up."""
+        products = [
+            m
+            for block in self._loaded.decoder.blocks[self._layer :]
+            for m in block.modules()
+            if isinstance(m, nn.Linear)
+        ]
+        inputs = {
+            width: torch.randn(tokens, width, device=self._loaded.device, dtype=self._loaded.dtype)
+            for width in {m.in_features for m in products}
+        }
+        clock, times = Clock(self._loaded.device), []
+        for _ in range(ROUNDS[self._kind] + 2):
+            began = clock.now()
+            for m in products:
+                F.linear(inputs[m.in_features], m.weight)
+            times.append(clock.now() - began)
+        flops = sum(2.0 * tokens * m.in_features * m.out_features for m in products)
+        return statistics.median(times[2:]), flops
+
+
+def _prompt_tokens(example: Example) -> int:
+    """Tokens that have to run for an example: the longest row, and what others add to it."""
+    first, *others = example.rows
+    total = len(first)
+    for row in others:
+        common = 0
+        with suppress(StopIteration):
+            common = next(i for i, (a, b) in enumerate(zip(first, row, strict=False)) if a != b)
+        total += len(row) - common
+    return total
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result as a Markdown table, with what it was measured on."""
+    facts = result["provenance"]
+    lines = [
+        f"`{result['shape']}`, layer {result['layer']}, batch {result['batch']}, "
+        f"{facts['dtype']}, {facts['device_name']}, torch {facts['packages']['torch']}, "
+        f"transformers {facts['packages']['transformers']}, {facts['written'][:10]}",
+        "",
+        "| task | tokens / padded | MeZO ms | naive layer ms (ratio) | ours ms (ratio) | "
+        "GEMM floor ms (ours / floor) | utilisation | peak GiB: MeZO, ours |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for t in result["tasks"]:
+        mezo, naive, ours = t["mezo"], t["naive"], t["ours"]
+        share = f"{100 * t['utilisation']:.0f} %" if t["utilisation"] else ""
+        memory = ", ".join(
+            f"{a['peak_bytes'] / 2**30:.1f}" for a in (mezo, ours) if a["peak_bytes"]
+        )
+        lines.append(
+            f"| {t['task']} | {t['tokens']:.0f} / {t['padded']:.0f} | {_spread(mezo)} | "
+            f"{_spread(naive)} ({t['speedup_naive']:.1f}x) | **{_spread(ours)}** "
+            f"(**{t['speedup']:.1f}x**) | {t['floor']:.1f} "
+            f"({t['over_floor']:.2f}) | {share} | {memory} |"
+        )
+    lines += ["", "Phases of a step in milliseconds, measured apart:", ""]
+    for t in result["tasks"]:
+        for arm in ("mezo", "naive", "ours"):
+            parts = ", ".join(f"{name} {value:.2f}" for name, value in t[arm]["phases"].items())
+            lines.append(f"* {t['task']}, {arm}: {parts}")
+    sources = "; ".join(f"{t['task']}: {t['rows']}" for t in result["tasks"])
+    lines += ["", f"Rows: {sources}. Our path: {result['tasks'][0]['path']}."]
+    return "\n".join(lines) + "\n"
+
+
+def _spread(arm: dict[str, Any]) -> str:
+    return f"{arm['median']:.1f} [{arm['low']:.1f}, {arm['high']:.1f}]"
