@@ -45,7 +45,7 @@ def our_phases(
             run()
         return (_now(loaded) - began) / REPEATS
 
-    weights = {n: [torch.empty_like(p) for _ in points] for n, p in scope.parameters.items()}
+    weights = {n: [torch.empty_like(p) for _ in range(2)] for n, p in scope.parameters.items()}
     perturb = timed(lambda: write_points(scope, points(), weights))
     both = timed(lambda: fast.logits_at(prepared, scope, points()))
     found = {

@@ -89,6 +89,7 @@ def build(shape: str, device: str = "auto", dtype: str = "auto") -> tuple[Loaded
         n_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         parameters=sum(p.numel() for p in model.parameters()),
+        context=config.max_position_embeddings,
     )
     loaded = LoadedModel(
         name=shape,

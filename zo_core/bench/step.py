@@ -10,7 +10,6 @@ blocks that have to run, for the tokens that have to run, and nothing else.
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from zo_core.models.load import LoadedModel
 from zo_core.provenance import provenance
 from zo_core.tasks.templates import Example
 from zo_core.zo.forward import FastForward
+from zo_core.zo.packing import pack
 from zo_core.zo.path import COMPILED_FROM, choose_forward
 from zo_core.zo.scope import TunedScope, scope_parameters
 from zo_core.zo.trainer import Progress, batch_indices, make_optimizer, train
@@ -35,6 +35,8 @@ from zo_core.zo.trainer import Progress, batch_indices, make_optimizer, train
 BATCH, BATCHES = 16, 8
 EPS, LR = 1e-3, 1e-9
 """The learning rate is too small to move a weight: random models must not run away."""
+FIRST_STEP = 200
+"""Steps before it count now and then how many weights they change; those that follow do not."""
 ROUNDS = {"cuda": 6, "cpu": 2}
 PEAK_FLOPS = {"NVIDIA H200": 989e12}
 """Dense bf16 operations a second, NVIDIA's data sheet."""
@@ -147,7 +149,7 @@ class _TaskBench:
 
     def __init__(self, loaded: LoadedModel, layer: int, task: str, rows: Sequence[Example]) -> None:
         self._loaded, self._layer, self._task, self._rows = loaded, layer, task, rows
-        steps = range(1, max(1, len(rows) // BATCH) + 1)
+        steps = range(FIRST_STEP + 1, FIRST_STEP + 1 + max(1, len(rows) // BATCH))
         self._batches = [
             [rows[i] for i in batch_indices(0, step, len(rows), BATCH)] for step in steps
         ]
@@ -188,7 +190,9 @@ class _TaskBench:
             phases["ours"] = our_phases(loaded, fast, scope, self._batches[0], self._layer, EPS)
         finally:
             scope.close()
-        tokens = statistics.fmean(sum(_prompt_tokens(e) for e in batch) for batch in self._batches)
+        tokens = statistics.fmean(
+            pack([e.rows for e in batch], torch.device("cpu"))[2].tokens for batch in self._batches
+        )
         floor, flops = self._floor(round(2 * tokens))
         padded = [arms["mezo"].prepare(b).input_ids.numel() for b in self._batches]
 
@@ -229,7 +233,7 @@ class _TaskBench:
 
     def _ours(self, fast: FastForward, scope: TunedScope, steps: int) -> float:
         """Milliseconds a step of the training loop, which is what a run does."""
-        job = self._job.model_copy(update={"steps": steps})
+        job = self._job.model_copy(update={"steps": FIRST_STEP + steps})
         ledger: list[dict[str, Any]] = []
         clock = Clock(self._loaded.device)
         began = clock.now()
@@ -240,7 +244,7 @@ class _TaskBench:
             scope,
             make_optimizer(job),
             self._rows,
-            Progress(),
+            Progress(step=FIRST_STEP),
             ledger.append,
             lambda _step: False,
         )
@@ -277,18 +281,6 @@ class _TaskBench:
             times.append(clock.now() - began)
         flops = sum(2.0 * tokens * m.in_features * m.out_features for m in products)
         return statistics.median(times[2:]), flops
-
-
-def _prompt_tokens(example: Example) -> int:
-    """Tokens that have to run for an example: the longest row, and what others add to it."""
-    first, *others = example.rows
-    total = len(first)
-    for row in others:
-        common = 0
-        with suppress(StopIteration):
-            common = next(i for i, (a, b) in enumerate(zip(first, row, strict=False)) if a != b)
-        total += len(row) - common
-    return total
 
 
 def markdown(result: dict[str, Any]) -> str:

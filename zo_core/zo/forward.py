@@ -27,7 +27,7 @@ from zo_core.tasks.templates import Example
 from zo_core.zo.graphs import GraphedForward, Row
 from zo_core.zo.packing import Packing, pack, packed
 from zo_core.zo.paired import NotTokenwiseError, paired
-from zo_core.zo.points import move_to, write_points
+from zo_core.zo.points import Owed, move_to, write_points
 from zo_core.zo.scope import Point, TunedScope
 
 CHUNK = 32
@@ -171,6 +171,7 @@ class FastForward:
         self._budget = _default_budget(loaded.device) if budget is None else budget
         self._chunks: dict[int, tuple[Example, ...]] = {}
         self._cache: dict[int, torch.Tensor] = {}
+        self._tokenwise = True
         self._returned = 0
         """How many values a block returns in a tuple; 0 if it returns the hidden states alone."""
 
@@ -223,29 +224,44 @@ class FastForward:
         """Logits [U, V] at the scored places."""
         return self._run(prepared, 1)
 
+    def pairs(self, scope: TunedScope) -> bool:
+        """Whether the points of a scope run side by side, without touching its own weights."""
+        held = sum(p.numel() for p in scope.parameters.values())
+        return self._tokenwise and held <= PAIRED_SHARE * self._loaded.info.parameters
+
     @torch.no_grad()
     def logits_at(
-        self, prepared: Prepared, scope: TunedScope, points: Sequence[Point]
+        self,
+        prepared: Prepared,
+        scope: TunedScope,
+        points: Sequence[Point],
+        owed: Owed | None = None,
     ) -> list[torch.Tensor]:
-        """Logits [U, V] at every point, with one suffix for all points where that is possible."""
-        assert prepared.packing is not None
-        held = sum(p.numel() for p in scope.parameters.values())
-        if held > PAIRED_SHARE * self._loaded.info.parameters:
+        """Logits [U, V] at every point, with one suffix for all points where that is possible.
+
+        Args:
+            prepared: the batch.
+            scope: the scope.
+            points: n points.
+            owed: see :func:`~zo_core.zo.points.write_points`; only where :meth:`pairs` is true.
+        """
+        if not self.pairs(scope):
             return _one_by_one(self, prepared, scope, points)
-        self._place_weights(scope, points)
+        self._place_weights(scope, points, owed)
         try:
             return list(self._run(prepared, len(points)).chunk(len(points)))
         except NotTokenwiseError:
+            self._tokenwise = False
             return _one_by_one(self, prepared, scope, points)
 
-    def _place_weights(self, scope: TunedScope, points: Sequence[Point]) -> None:
+    def _place_weights(self, scope: TunedScope, points: Sequence[Point], owed: Owed | None) -> None:
         if {n: len(w) for n, w in self._weights.items()} != dict.fromkeys(
             scope.parameters, len(points)
         ):
             self._weights = {
                 n: [torch.empty_like(p) for _ in points] for n, p in scope.parameters.items()
             }
-        write_points(scope, points, self._weights)
+        write_points(scope, points, self._weights, owed)
 
     def _run(self, prepared: Prepared, copies: int) -> torch.Tensor:
         """Logits [copies x U, V] of so many copies of the packed row, side by side."""

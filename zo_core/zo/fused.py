@@ -12,8 +12,8 @@ import torch
 
 from zo_core.jobs import TuneJob
 from zo_core.tasks.scoring import task_loss
-from zo_core.zo.forward import Forward, Prepared
-from zo_core.zo.points import fusible, step_along
+from zo_core.zo.forward import FastForward, Prepared
+from zo_core.zo.points import Owed, fusible, step_along
 from zo_core.zo.scope import Draw, Point, TunedScope
 
 
@@ -38,18 +38,17 @@ class FusedSteps:
     """Launches ZO-SGD steps: one direction, two-sided, no weight decay, no micro-batches."""
 
     @staticmethod
-    def apply_to(job: TuneJob, forward: Forward, scope: TunedScope) -> bool:
+    def apply_to(job: TuneJob, scope: TunedScope) -> bool:
         """Whether a job's steps can be queued."""
         return (
             job.optimizer == "zo-sgd"
             and job.estimator == "two-sided"
             and job.directions == job.accumulate == 1
             and not job.weight_decay
-            and forward.name == "fast"
             and fusible(scope, job.noise)
         )
 
-    def __init__(self, forward: Forward, scope: TunedScope, eps: float) -> None:
+    def __init__(self, forward: FastForward, scope: TunedScope, eps: float) -> None:
         """Take charge of a scope on a GPU.
 
         Args:
@@ -60,13 +59,26 @@ class FusedSteps:
         self._forward, self._scope, self._eps = forward, scope, eps
         device = next(iter(scope.parameters.values())).device
         self._alive = torch.ones((), dtype=torch.bool, device=device)
+        self._owed: Owed | None = None
 
     @torch.no_grad()
-    def launch(self, prepared: Prepared, draw: Draw, lr: float, count: bool = False) -> Queued:
-        """Queue a step on a batch; with ``count``, count the weights that it changes."""
+    def launch(
+        self, prepared: Prepared, draw: Draw, lr: float, settle: bool = True, count: bool = False
+    ) -> Queued:
+        """Queue a step.
+
+        Args:
+            prepared: the batch.
+            draw: its direction.
+            lr: its learning rate.
+            settle: whether somebody will look at the weights after it. If not, its update waits for
+                the next step, whose perturbation reads the master anyway.
+            count: whether to count the weights that it changes.
+        """
         scope = self._scope
         points = (Point(draw, self._eps), Point(draw, -self._eps))
-        pair = self._forward.logits_at(prepared, scope, points)
+        pair = self._forward.logits_at(prepared, scope, points, self._owed)
+        self._owed = None
         plus, minus = (task_loss(logits, prepared.scored).double() for logits in pair)
         g = (plus - minus) / (2 * self._eps)
         self._alive &= g.isfinite()
@@ -76,7 +88,9 @@ class FusedSteps:
             if count
             else {}
         )
-        step_along(scope, draw, alpha)
+        self._owed = Owed(draw, alpha)
+        if settle or count or not self._forward.pairs(scope):
+            self.settle()
         changed = torch.zeros_like(g)
         for name, weights in before.items():
             changed += (scope.parameters[name] != weights).sum()
@@ -85,3 +99,9 @@ class FusedSteps:
         arrived = torch.cuda.Event()
         arrived.record()
         return Queued(draw.step, lr, values, arrived)
+
+    def settle(self) -> None:
+        """Queue the update that waits, if one does: then master and working weights are true."""
+        if self._owed is not None:
+            step_along(self._scope, self._owed.draw, self._owed.alpha)
+            self._owed = None

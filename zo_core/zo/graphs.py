@@ -15,11 +15,11 @@ import torch
 
 from zo_core.zo.packing import Borders, Packing, upload
 
-FINEST = 64
-"""Tokens are rounded up to this many at least: two copies then fill whole tiles of 128 rows."""
+FINEST = 16
+"""Tokens are rounded up to a multiple of this."""
 
-STEPS = 16
-"""Further up, buckets are a sixteenth of their power of two apart: at most 6 % of padding."""
+STEPS = 32
+"""Further up, buckets are this share of their power of two apart: at most 3 % of padding."""
 
 CAPTURE_AT = 2
 """A bucket is captured when it is seen for this time: rare ones are not worth it."""
@@ -166,8 +166,8 @@ class GraphedForward:
             segments=rounded(len(packing.query_lengths), 16) + 1,
             keys=keys,
             places=rounded(places, 16),
-            longest_query=rounded(max(packing.longest_query, room - tokens)),
-            longest_key=rounded(max(packing.longest_key, keys - tokens - extra)),
+            longest_query=rounded(max(packing.longest_query, room - tokens), 64),
+            longest_key=rounded(max(packing.longest_key, keys - tokens - extra), 64),
             shared=packing.shared,
             cached=cached,
         )

@@ -5,6 +5,7 @@ cannot do, :meth:`TunedScope.weights_at` says what to write.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -53,8 +54,20 @@ def move_to(scope: TunedScope, point: Point) -> None:
         scope.perturb(point)
 
 
+@dataclass(frozen=True, slots=True)
+class Owed:
+    """An update that the master does not have yet: ``master += alpha z``."""
+
+    draw: Draw
+    alpha: torch.Tensor
+    """float32 scalar on the device."""
+
+
 def write_points(
-    scope: TunedScope, points: Sequence[Point], out: Mapping[str, Sequence[torch.Tensor]]
+    scope: TunedScope,
+    points: Sequence[Point],
+    out: Mapping[str, Sequence[torch.Tensor]],
+    owed: Owed | None = None,
 ) -> None:
     """Write the working weights of every parameter at every point.
 
@@ -62,20 +75,27 @@ def write_points(
         scope: the scope.
         points: n points.
         out: parameter name -> n tensors like the parameter.
+        owed: an update to make first, in the same pass over the master; only for a pair of points
+            of a fusible scope.
     """
     draw, eps = points[0].draw, points[0].scale
     one, pair = (Point(draw, eps),), (Point(draw, eps), Point(draw, -eps))
     if draw is None or tuple(points) not in (one, pair) or not fusible(scope, draw.noise):
+        assert owed is None, "an update is owed where nothing fused can make it"
         for name, tensors in out.items():
             for point, tensor in zip(points, tensors, strict=True):
                 tensor.copy_(scope.weights_at(name, point))
         return
-    from zo_core.zo.kernels.noise import perturb, perturb_pair
+    from zo_core.zo.kernels.noise import perturb, perturb_pair, step_pair
 
     keys = keys_on_device(scope, draw)
+    before = keys if owed is None else keys_on_device(scope, owed.draw)
     for which, (name, master) in enumerate(scope.master.items()):
         if len(points) == 1:
             perturb(draw.noise, master, out[name][0], keys, which, eps)
-        else:
-            plus, minus = out[name]
+            continue
+        plus, minus = out[name]
+        if owed is None:
             perturb_pair(draw.noise, master, plus, minus, keys, which, eps)
+        else:
+            step_pair(draw.noise, master, plus, minus, before, keys, which, owed.alpha, eps)

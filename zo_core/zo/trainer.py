@@ -23,7 +23,7 @@ from zo_core.tasks.scoring import batches
 from zo_core.tasks.templates import Example
 from zo_core.zo.estimator import estimate, losses_at, points
 from zo_core.zo.first_order import AdamW, gradients_of
-from zo_core.zo.forward import Forward, Prepared
+from zo_core.zo.forward import FastForward, Forward, Prepared
 from zo_core.zo.fused import FusedSteps, Queued
 from zo_core.zo.inplace import InplaceScope
 from zo_core.zo.optimizers import OPTIMIZERS, ZoSgd
@@ -108,7 +108,7 @@ def train(
     Raises:
         LossNotFiniteError: see the class.
     """
-    if FusedSteps.apply_to(job, forward, scope):
+    if isinstance(forward, FastForward) and FusedSteps.apply_to(job, scope):
         _train_queued(job, forward, scope, examples, progress, on_step, looks)
         return
     while progress.step < job.steps:
@@ -144,7 +144,7 @@ def _advance(
 
 def _train_queued(
     job: TuneJob,
-    forward: Forward,
+    forward: FastForward,
     scope: TunedScope,
     examples: Sequence[Example],
     progress: Progress,
@@ -178,7 +178,7 @@ def _train_queued(
                 prepared = forward.prepare([examples[i] for i in rows])
                 (draw,) = draws_of(job, launched)
                 lr = learning_rate(job, launched)
-                queue.append(steps.launch(prepared, draw, lr, _counts(launched)))
+                queue.append(steps.launch(prepared, draw, lr, looks(launched), _counts(launched)))
             record = settle()
             on_step(record)
             if looks(progress.step):
@@ -191,6 +191,8 @@ def _train_queued(
             with suppress(Exception):
                 on_step(record)
         raise
+    finally:
+        steps.settle()
 
 
 def _zeroth_order_step(

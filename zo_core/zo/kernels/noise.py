@@ -96,6 +96,30 @@ def _step(
     tl.store(working + at, w.to(working.dtype.element_ty), mask=at < n)
 
 
+@triton.jit
+def _step_pair(
+    master,
+    plus,
+    minus,
+    n,
+    keys,
+    next_keys,
+    which,
+    alpha,
+    eps,
+    GAUSSIAN: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+):
+    block = tl.program_id(0).to(tl.int64)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    z = _z(tl.load(keys + which), block, GAUSSIAN, BLOCK)
+    w = tl.fma(z, tl.load(alpha), tl.load(master + at, mask=at < n))
+    tl.store(master + at, w, mask=at < n)
+    z = _z(tl.load(next_keys + which), block, GAUSSIAN, BLOCK)
+    tl.store(plus + at, tl.fma(z, eps, w).to(plus.dtype.element_ty), mask=at < n)
+    tl.store(minus + at, tl.fma(z, -eps, w).to(minus.dtype.element_ty), mask=at < n)
+
+
 def _grid(values: int) -> tuple[int]:
     return (triton.cdiv(values, BLOCK),)
 
@@ -151,6 +175,28 @@ def perturb_pair(
     n = master.numel()
     with torch.cuda.device(master.device):
         _pair[_grid(n)](master, plus, minus, n, keys, which, eps, kind == "gaussian", BLOCK)
+
+
+def step_pair(
+    kind: str,
+    master: torch.Tensor,
+    plus: torch.Tensor,
+    minus: torch.Tensor,
+    keys: torch.Tensor,
+    next_keys: torch.Tensor,
+    which: int,
+    alpha: torch.Tensor,
+    eps: float,
+) -> None:
+    """:func:`step` along one z and :func:`perturb_pair` along the next, reading the master once.
+
+    The working weights themselves are left behind; :func:`step` with alpha 0 brings them up.
+    """
+    n = master.numel()
+    with torch.cuda.device(master.device):
+        _step_pair[_grid(n)](
+            master, plus, minus, n, keys, next_keys, which, alpha, eps, kind == "gaussian", BLOCK
+        )
 
 
 def step(
