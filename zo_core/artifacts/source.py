@@ -19,7 +19,7 @@ LAST, BEST = "checkpoint.safetensors", "best.safetensors"
 STATE = "optimizer/"
 """What the names of an optimizer's tensors begin with: they are no weights."""
 FORMS: tuple[Form, ...] = ("tensors", "model", "adapter", "ledger")
-NAMES: dict[Form, str] = {
+NAMES: dict[str, str] = {
     "tensors": ".safetensors",
     "model": "-model",
     "adapter": "-adapter",

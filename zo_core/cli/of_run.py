@@ -1,19 +1,16 @@
 """``python -m zo_core replay`` and ``export``: what comes after a tuning run."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 
 from zo_core.artifacts.source import NAMES
 from zo_core.cli.launch import follow, launch, report
-from zo_core.run_jobs import ExportJob, Form, ReplayJob, Weights
+from zo_core.run_jobs import ExportJob, ReplayJob
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="where")]
-FormName = StrEnum("FormName", {name: name for name in get_args(Form)})
-WeightsName = StrEnum("WeightsName", {name: name for name in get_args(Weights)})
 
 
 def _help(job: type[ReplayJob] | type[ExportJob], name: str) -> str:
@@ -21,9 +18,7 @@ def _help(job: type[ReplayJob] | type[ExportJob], name: str) -> str:
 
 
 def replay(
-    run: Annotated[
-        str | None, typer.Argument(metavar="[RUN]", help=_help(ReplayJob, "run"))
-    ] = None,
+    run: Annotated[str | None, typer.Argument(metavar="RUN", help=_help(ReplayJob, "run"))] = None,
     ledger: Annotated[
         Path | None, typer.Option(metavar="FILE", help=_help(ReplayJob, "ledger"))
     ] = None,
@@ -48,14 +43,16 @@ def replay(
 
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help=_help(ExportJob, "run"))],
-    form: Annotated[FormName, typer.Option(help=_help(ExportJob, "form"))] = FormName["tensors"],
+    form: Annotated[
+        str, typer.Option(metavar="|".join(NAMES), help=_help(ExportJob, "form"))
+    ] = "tensors",
     out: Annotated[
         Path | None,
         typer.Option(metavar="PATH", help="file or folder; default: named by RUN, here"),
     ] = None,
-    weights: Annotated[WeightsName, typer.Option(help=_help(ExportJob, "weights"))] = WeightsName[
-        "kept"
-    ],
+    weights: Annotated[
+        str, typer.Option(metavar="kept|best|last", help=_help(ExportJob, "weights"))
+    ] = "kept",
     device: Device = "auto",
     force: Annotated[bool, typer.Option("--force", help=_help(ExportJob, "force"))] = False,
     json: Json = False,
@@ -67,9 +64,9 @@ def export(
     fields = {
         "kind": "export",
         "run": run,
-        "form": form.value,
-        "out": out or Path(f"{run}{NAMES[form.value]}"),
-        "weights": weights.value,
+        "form": form,
+        "out": out or Path(f"{run}{NAMES.get(form, '')}"),
+        "weights": weights,
         "device": device,
         "force": force,
     }
