@@ -62,12 +62,11 @@ def _front_matter(source: Source, form: str) -> str:
 
 
 def _measured(source: Source) -> dict[str, str]:
-    """What the run measured; after tuning only if the last weights are the exported ones."""
+    """What the run measured; after tuning only if that was with the exported weights."""
     summary = source.run.result_json() or {}
     before = summary.get("before") or source.details.get("before")
-    after = summary.get("after") if source.step == source.job.steps else None
-    if source.weights == "best" and summary.get("kept") == "best":
-        after = summary.get("after")  # the run's own verdict is about the weights that it kept
+    kept = summary.get("kept", "last") == source.weights
+    after = summary.get("after") if kept and source.state == "done" else None
     found = {}
     for name, outcome in (("before tuning", before), ("after tuning", after)):
         if outcome:
