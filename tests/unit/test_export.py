@@ -18,9 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.unit import families
 from zo_core import runs
 from zo_core.artifacts.ledger import ledger_bytes, read_ledger
-from zo_core.artifacts.place import MANIFEST, check_place, prepare
+from zo_core.artifacts.place import MANIFEST, check_place, placed, prepare
 from zo_core.artifacts.raw import read_header, sha256
 from zo_core.artifacts.source import BEST, LAST, find_source
 from zo_core.artifacts.tensors import tensors_bytes
@@ -352,9 +353,25 @@ def test_paths_that_cannot_be_used(tuned: dict[str, Run], tmp_path: Path) -> Non
         (run.path, "model", "belongs to the run store"),
         (settings().cache_dir, "adapter", "belongs to the run store"),
         (tmp_path / ("x" * 300), "tensors", "File name too long"),
+        (Path("/dev/null"), "tensors", "is a device or a pipe"),
     ):
         with pytest.raises(UserError, match=words):
             check_place(out, form, True, DEMO_PATH)  # type: ignore[arg-type]
+
+
+def test_a_place_that_cannot_be_written_is_a_sentence(
+    tuned: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    place = check_place(tmp_path / "a", "adapter", force=False)
+    with (
+        pytest.raises(UserError, match="cannot be written .Permission denied."),
+        placed(place, "x"),
+    ):
+        pytest.fail("it was written to")
 
 
 def test_an_export_without_a_path_is_in_the_run(tuned: dict[str, Run]) -> None:
@@ -439,3 +456,38 @@ def test_ledger_files_that_are_none(tuned: dict[str, Run], tmp_path: Path) -> No
         path.write_bytes(gzip.compress(b"".join(lines)))
         with pytest.raises(UserError, match=words):
             read_ledger(path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "gemma2"])
+def test_other_families(family: str, dtype: str, tmp_path: Path) -> None:
+    """Tied embeddings, Conv1D, fused q and v; in bfloat16 the fp32 master is not the weights."""
+    base = families.save(families.build(family), tmp_path / "base")
+    fields = SMALL | {"model": str(base), "dtype": dtype, "steps": 2}
+    kind = getattr(torch, dtype)
+    for scope in ("full", "lora:2"):
+        job = TuneJob(**fields, scope=scope, lr=1e-4 if scope == "full" else 1e-2)
+        run = runs.create(job, None)
+        run_tune(job, run, JobContext(run))
+        run.update(state="done")
+        expected = tuned_logits(run)
+        export(run, "model", tmp_path / scope)
+        found = logits_of(tmp_path / scope)
+        assert found.dtype == kind
+        if scope == "full":
+            assert torch.equal(found, expected)
+            continue
+        error = (found - expected).float().norm() / expected.float().norm()
+        assert error < (1e-5 if dtype == "float32" else 2e-2)  # merged: rounded once more
+        export(run, "adapter", tmp_path / "adapter")
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=kind)
+        with torch.no_grad():
+            before = plain(input_ids=TOKENS).logits
+            model = PeftModel.from_pretrained(
+                plain, tmp_path / "adapter", autocast_adapter_dtype=False
+            ).eval()
+            after = model(input_ids=TOKENS).logits
+        assert torch.equal(after, expected)
+        if dtype == "float32":  # two small steps may round away in bfloat16
+            assert not torch.equal(after, before)
+    resident.clear()

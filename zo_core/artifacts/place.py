@@ -113,6 +113,8 @@ def _is_own(out: Path, store: Path) -> bool:
 def _check_file(out: Path, form: Form, force: bool) -> None:
     if out.is_dir():
         raise UserError(f"out: {out} is a folder: name a file for form {form}.")
+    if out.exists() and not out.is_file():
+        raise UserError(f"out: {out} is a device or a pipe: name a file for form {form}.")
     if out.exists() and not force and not FILES[form](out):
         raise UserError(
             f"out: {out} is there already and is no export of form {form}: choose another "
@@ -156,7 +158,7 @@ def placed(place: Place, run_id: str) -> Iterator[Path]:
         run_id: the job that writes, so that what a killed job left can be told from a live one's.
 
     Raises:
-        UserError: the disk is full, or the place may not be written to.
+        UserError: the disk is full, or the place cannot be written to.
     """
     out = place.out
     temporary = out.with_name(f".{out.name}.{run_id}.partial")
@@ -181,9 +183,10 @@ def placed(place: Place, run_id: str) -> Iterator[Path]:
                 f"out: the disk of {out.parent} is full: free some space or choose another path; "
                 "nothing was left there."
             ) from error
-        if isinstance(error, PermissionError):
+        if isinstance(error, OSError) and temporary.name in str(error.filename):
             raise UserError(
-                f"out: {out} may not be written to: choose another path, or change its permissions."
+                f"out: {out} cannot be written ({error.strerror}): choose another path, or see to "
+                "its permissions."
             ) from error
         raise
     finally:
