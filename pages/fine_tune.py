@@ -4,7 +4,7 @@ import re
 
 import streamlit as st
 
-from pages.parts import curve, history, launch, run_view
+from pages.parts import curve, exports, history, launch, run_view
 from pages.parts.choice import Choice, current, describe, line
 from pages.parts.forms import data_folder, missing_layers, task_picker
 from pages.parts.frame import begin
@@ -320,12 +320,11 @@ def report(run: runs.Run, view: dict) -> bytes:
 
 
 def downloads(entry: history.Entry) -> None:
-    """Metrics, checkpoint and figure: outside the part that is redrawn each second.
+    """Metrics, weights and figure: outside the part that is redrawn each second.
 
     A redraw replaces the address of a download, and a click just before it would find nothing.
     """
     run, live = entry.run, entry.status.live
-    checkpoint = run.path / "checkpoint.safetensors"
     if not live and not len(curve.curve(run)):
         return
     view = st.session_state.setdefault("curve_view", {})
@@ -339,16 +338,7 @@ def downloads(entry: history.Entry) -> None:
             icon=":material/download:",
             on_click="ignore",
         )
-        if checkpoint.is_file():
-            st.download_button(
-                "checkpoint.safetensors",
-                checkpoint.read_bytes,
-                f"{run.run_id}.safetensors",
-                "application/octet-stream",
-                key="download_checkpoint",
-                icon=":material/download:",
-                on_click="ignore",
-            )
+        exports.buttons(entry)
         st.download_button(
             "Figure (HTML)",
             lambda: report(run, view),
@@ -358,6 +348,7 @@ def downloads(entry: history.Entry) -> None:
             icon=":material/download:",
             on_click="ignore",
         )
+    exports.folders(entry)
 
 
 begin(

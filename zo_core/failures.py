@@ -54,7 +54,7 @@ def describe(error: BaseException) -> Failure:
     if isinstance(error, OSError) and (sentence := disk_sentence(error)):
         return Failure(sentence)
     # Libraries report a full disk as an error of their own, with the system's as text or cause.
-    if "No space left on device" in text or _caused_by_full_disk(error):
+    if is_full_disk(error):
         return Failure(disk_sentence(OSError(errno.ENOSPC, text)) or text)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.cuda.OutOfMemoryError):
@@ -92,7 +92,10 @@ def _first_line(text: str) -> str:
     return line if len(line) <= 300 else f"{line[:297]}..."
 
 
-def _caused_by_full_disk(error: BaseException) -> bool:
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an exception, or one that it was raised from, is about a full disk."""
+    if "No space left on device" in str(error):
+        return True
     link: BaseException | None = error
     while link is not None:
         if isinstance(link, OSError) and link.errno in FULL:

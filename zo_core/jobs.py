@@ -22,9 +22,9 @@ from pydantic import (
 )
 
 from zo_core import scope_spec
+from zo_core.run_jobs import Device, ExportJob, ReplayJob
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Device = Literal["auto", "cpu", "cuda"]
 Noise = Literal["gaussian", "rademacher", "sphere"]
 Rule = Literal["emergence", "massive", "systematic"]
 TextSource = Literal["sample", "prompt", "task"]
@@ -247,18 +247,6 @@ class TuneJob(TaskFields):
         return recommended_lr(self.model, self.scope, self.optimizer)
 
 
-class ReplayJob(BaseModel):
-    """Rebuild a run's tuned weights from base weights and ledger, and compare."""
-
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
-
-    kind: Literal["replay"] = "replay"
-    run: str = Field(
-        ..., pattern=r"^\d{8}-\d{6}-tune-[0-9a-f]{6}$", description="id of a tuning run"
-    )
-    device: Device = Field("auto", description="auto: GPU if any")
-
-
 class PreviewJob(TaskChoice):
     """Rows of a task as the model gets them; loads the tokenizer only."""
 
@@ -282,7 +270,7 @@ class UnloadJob(BaseModel):
 
 
 Job = Annotated[
-    ScanJob | ProbeJob | TuneJob | PreviewJob | ReplayJob | LoadJob | UnloadJob,
+    ScanJob | ProbeJob | TuneJob | PreviewJob | ReplayJob | ExportJob | LoadJob | UnloadJob,
     Field(discriminator="kind"),
 ]
 JOB: TypeAdapter[Job] = TypeAdapter(Job)
@@ -382,5 +370,10 @@ def command_line(job: BaseModel) -> str:
             value = ",".join(str(v) for v in value)
         elif isinstance(value, dict):
             value = ",".join(f"{k}={v}" for k, v in value.items())
-        words += [f"--{name.replace('_', '-')}", shlex.quote(str(value))]
+        if name == "run":
+            words.append(str(value))
+        elif value is True:
+            words.append(f"--{name}")
+        else:
+            words += [f"--{name.replace('_', '-')}", shlex.quote(str(value))]
     return " ".join(words)

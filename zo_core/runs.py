@@ -9,6 +9,7 @@
     metrics.jsonl       append-only: one JSON object a line (see docs/run-store.md)
     results/            tables (parquet, csv) and JSON
     checkpoint.safetensors
+    exports/            exports that were given no path of their own
     log.txt
 
 A run whose process died says *interrupted*, whoever reads it and whenever.
@@ -215,12 +216,14 @@ class Run:
             return ""
 
     def zip_bytes(self) -> bytes:
-        """The whole folder as a zip archive."""
+        """The folder as a zip archive, without its exports: they are made from the rest."""
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
             for file in sorted(self.path.rglob("*")):
-                if file.is_file() and not file.name.startswith("."):
-                    archive.write(file, f"{self.run_id}/{file.relative_to(self.path)}")
+                inside = file.relative_to(self.path)
+                hidden = file.name.startswith(".") or inside.parts[0] == "exports"
+                if file.is_file() and not hidden:
+                    archive.write(file, f"{self.run_id}/{inside}")
         return buffer.getvalue()
 
     # -- what a controller needs --------------------------------------------------------------

@@ -34,6 +34,7 @@ RECIPES = {
     "tune": "zo_core.recipes.tune:run_tune",
     "preview": "zo_core.recipes.preview:run_preview",
     "replay": "zo_core.recipes.replay:run_replay",
+    "export": "zo_core.recipes.export:run_export",
 }
 RESIDENT = "zo_core.models.resident"
 TICK = 0.25

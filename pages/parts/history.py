@@ -10,7 +10,7 @@ from zo_core.jobs import Job
 from zo_core.tasks.catalog import METRIC_NAMES, main_metric
 
 KINDS = ("scan", "probe", "tune")
-ALL_KINDS = (*KINDS, "preview", "load", "unload")
+ALL_KINDS = (*KINDS, "preview", "export", "load", "unload")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ PAGE_OF_KIND = {
     "tune": PAGES["fine_tune"],
     "preview": PAGES["fine_tune"],
     "replay": PAGES["runs"],
+    "export": PAGES["fine_tune"],
     "load": PAGES["model"],
     "unload": PAGES["model"],
 }
@@ -24,6 +25,7 @@ KIND_TITLES = {
     "tune": "Fine-tuning",
     "preview": "Preview",
     "replay": "Replay",
+    "export": "Export",
     "load": "Load",
     "unload": "Unload",
 }

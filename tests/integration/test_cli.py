@@ -284,3 +284,31 @@ def test_replay_agrees_or_exits_with_1(cli: CommandLine, tuned: dict[str, Any]) 
     finally:
         ledger.write_text(kept)
     cli("replay", "no-run").expect(2)
+
+
+def test_export_and_replay_of_the_exported_ledger(
+    cli: CommandLine, tuned: dict[str, Any], tmp_path: Path
+) -> None:
+    """Words and JSON; the rebuilt tensors are the exported ones."""
+    run, tensors, ledger = tuned["run_id"], tmp_path / "t.safetensors", tmp_path / "l.jsonl.gz"
+    answer = cli("export", run, "--out", tensors, "--json").expect(0).json
+    assert (answer["form"], answer["out"], answer["step"]) == ("tensors", str(tensors), 6)
+    assert answer["bytes"] == tensors.stat().st_size
+    words = cli("export", run, "--form", "ledger", "--out", ledger).expect(0).out
+    assert f"{run}: ledger of step 6 of 6 (done)" in words
+    assert str(ledger) in words
+    rebuilt = tmp_path / "rebuilt.safetensors"
+    again = cli("replay", "--ledger", ledger, "--out", rebuilt, "--json").expect(0).json
+    assert (again["run_id"], again["identical"], again["out"]) == (run, True, str(rebuilt))
+    bits = [p.read_bytes()[-answer["bytes"] // 2 :] for p in (tensors, rebuilt)]
+    assert bits[0] == bits[1]
+
+    for arguments, sentence in (
+        (("export", run, "--form", "adapter"), "Choose one of: tensors, model, ledger"),
+        (("export", run, "--form", "weights"), "'tensors', 'model', 'adapter' or 'ledger'"),
+        (("export", run, "--out", tmp_path / "no" / "x"), "does not exist: make it first"),
+        (("export", run, "--out", tmp_path), "is a folder: name a file for form tensors"),
+        (("replay", "--ledger", tensors, "--out", rebuilt), "is no whole ledger of ZOScope"),
+        (("replay",), "run is missing"),
+    ):
+        assert sentence in cli(*arguments, "--json").expect(2).json["error"]

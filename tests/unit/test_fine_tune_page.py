@@ -2,7 +2,13 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.unit.test_rooms import run_python
+from zo_core import runs
+from zo_core.artifacts.raw import Stored, build_header
+from zo_core.jobs import TuneJob
+from zo_core.settings import settings
 
 
 def test_advanced_settings_and_other_scopes(tmp_path: Path) -> None:
@@ -41,3 +47,37 @@ def test_advanced_settings_and_other_scopes(tmp_path: Path) -> None:
     assert "there is no layer 99" in lines[4]
     assert "choose full" in lines[5]
     assert "path fast is not possible" in lines[6]
+
+
+def test_an_ended_run_offers_its_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors and ledger directly, folders as commands and, being small, as archives."""
+    monkeypatch.setattr(settings(), "cache_dir", tmp_path)
+    run = runs.create(TuneJob(scope="lora:3", steps=2), None)
+    entry = Stored("F32", (2,), 0, 8)
+    head = build_header({"step": "1"}, {"a.lora_A.default.weight": entry})
+    (run.path / "checkpoint.safetensors").write_bytes(head + bytes(8))
+    step = {"kind": "step", "step": 1, "loss": 1.0, "g": [1.0], "lr": 1e-3, "seconds": 1.0}
+    run.append_metrics(step | {"forward_passes": 2})
+    run.update(state="cancelled", step=1, total=2)
+    code = f"""
+        import sys
+        from streamlit.testing.v1 import AppTest
+        app = AppTest.from_file("app.py", default_timeout=60)
+        app.query_params["run"] = {run.run_id!r}
+        app.run()
+        app.switch_page("pages/fine_tune.py").run()
+        assert not app.exception, app.exception
+        print([c.value for c in app.code if " export " in c.value])
+        print([b.key for b in app.button if b.key.startswith("make_")])
+        print([b.proto.label for b in app.get("download_button")])
+        print([c.value for c in app.caption if "step 1 of 2, cancelled" in c.value] != [])
+        print("torch" in sys.modules)
+    """
+    lines = run_python(code, tmp_path).strip().splitlines()
+    command = f"python -m zo_core export {run.run_id} --form"
+    assert lines[0] == str(
+        [f"{command} {form} --out {run.run_id}-{form}" for form in ("model", "adapter")]
+    )
+    assert lines[1] == "['make_model', 'make_adapter']"
+    assert lines[2] == "['metrics.csv', 'Tuned tensors', 'Ledger', 'Figure (HTML)']"
+    assert lines[3:] == ["True", "False"]

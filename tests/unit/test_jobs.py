@@ -18,11 +18,13 @@ from zo_core.jobs import (
     KINDS,
     Bos,
     Dtype,
+    ExportJob,
     ForwardPath,
     LoadJob,
     Noise,
     PreviewJob,
     ProbeJob,
+    ReplayJob,
     Rule,
     ScanJob,
     TextSource,
@@ -74,6 +76,7 @@ BAD: list[tuple[str, str, object, str]] = [
     ("tune", "warmup_steps", 1000, "must be below steps"),
     ("tune", "precision", "fp8", "'fp32-master', 'inplace' or 'fp32'"),
     ("replay", "run", "../x", "pattern"),
+    ("export", "run", "20260101-000000-scan-0000aa", "pattern"),
     ("tune", "lr", 0, "greater than 0"),
     ("tune", "lr", math.nan, "is 'nan':"),
     ("tune", "weight_decay", -0.1, "greater than or equal to 0"),
@@ -332,3 +335,17 @@ def test_values_that_a_shell_would_change_are_quoted() -> None:
     again = parse(command_line(job))
     assert again == job
     assert "\n" not in command_line(LoadJob())
+
+
+def test_command_of_an_export() -> None:
+    run = "20260101-000000-tune-0000aa"
+    job = ExportJob(run=run, form="model", out=Path("my model"), force=True)
+    assert command_line(job) == (
+        f"python -m zo_core export {run} --form model --out 'my model' --force"
+    )
+    with pytest.raises(ValidationError, match="ledger does not go with run"):
+        ReplayJob(run=run, ledger=Path("x"), out=Path("y"))
+    with pytest.raises(ValidationError, match="run is missing: give the id of a tuning run, or"):
+        ReplayJob(out=Path("y"))
+    with pytest.raises(ValidationError, match="out is missing: name the file"):
+        ReplayJob(ledger=Path("x"))

@@ -89,7 +89,7 @@ def test_import_graph_of_the_pages_has_nothing_heavy() -> None:
 def test_pages_import_only_their_rooms() -> None:
     """design.md, "Rooms": what `app.py` and `pages/` may import of the core."""
     allowed = re.compile(
-        r"zo_core(\.(runs|backend|jobs|scope_spec|plots|export|settings|errors)(\..*)?"
+        r"zo_core(\.(runs|backend|jobs|scope_spec|plots|export|artifacts|settings|errors)(\..*)?"
         r"|\.analysis(\.outliers(\..*)?)?|\.models(\.(catalog|memory)(\..*)?)?"
         r"|\.tasks(\.catalog(\..*)?)?)?"
     )
@@ -112,7 +112,8 @@ def test_lower_rooms_do_not_import_upper_ones() -> None:
         "zo_core.settings": set(),
         "zo_core.errors": set(),
         "zo_core.scope_spec": set(),
-        "zo_core.jobs": {"settings", "errors", "scope_spec"},
+        "zo_core.run_jobs": set(),
+        "zo_core.jobs": {"settings", "errors", "scope_spec", "run_jobs"},
         "zo_core.runs": {"settings", "errors", "jobs"},
         "zo_core.models": {"settings", "errors", "jobs", "models"},
         "zo_core.tasks": {"settings", "errors", "jobs", "models", "tasks"},
@@ -120,6 +121,10 @@ def test_lower_rooms_do_not_import_upper_ones() -> None:
         "zo_core.zo": {"settings", "errors", "jobs", "models", "tasks", "zo", "runs", "scope_spec"},
         "zo_core.plots": {"plots", "settings", "errors", "jobs", "runs", "analysis"},
         "zo_core.export": {"settings", "errors", "jobs", "runs"},
+        "zo_core.artifacts": {
+            *("settings", "errors", "jobs", "run_jobs", "scope_spec", "runs", "failures"),
+            *("models", "tasks", "artifacts"),
+        },
     }
     for file in CORE:
         room = ".".join(name_of(file).split(".")[:2])
@@ -168,7 +173,15 @@ def test_every_page_runs_without_torch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["zo_core.backend", "zo_core.cli", "zo_core.plots", "zo_core.export", "zo_core.models.catalog"],
+    [
+        "zo_core.backend",
+        "zo_core.cli",
+        "zo_core.plots",
+        "zo_core.export",
+        "zo_core.models.catalog",
+        "zo_core.artifacts.place",
+        "zo_core.artifacts.card",
+    ],
 )
 def test_light_modules_stay_light(module: str, tmp_path: Path) -> None:
     code = f"import sys, {module}; print(sorted(({HEAVY!r} | {{'streamlit'}}) & set(sys.modules)))"

@@ -1,4 +1,4 @@
-"""The command line: ``python -m zo_core scan|probe|tune|preview|replay|runs|bench|app``.
+"""The command line: ``python -m zo_core scan|probe|tune|preview|replay|export|runs|bench|app``.
 
 The same job specs, engine and run store as the app. With ``--json`` the last line of stdout is one
 JSON object (keys in README.md); progress goes to stderr. Exit codes: 0 done, 1 failed, 2 bad
@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from zo_core import backend
 from zo_core.bench.main_job import as_dict, run_bench
+from zo_core.cli import of_run
 from zo_core.cli import runs as runs_commands
 from zo_core.cli.launch import follow, launch, refuse, report, writable
 from zo_core.cli.options import with_job_options
@@ -36,6 +37,8 @@ app = typer.Typer(
     "[bold]python -m zo_core app[/bold]  opens the web app.",
 )
 app.add_typer(runs_commands.app, name="runs")
+app.command()(of_run.replay)
+app.command()(of_run.export)
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")]
 Csv = Annotated[
@@ -98,17 +101,6 @@ def preview(fields: dict[str, Any], json: Json = False) -> None:
     """Show rows of a task as the model gets them, with the scored tokens marked."""
     run = launch(fields, json)
     report(run, follow(run, json), json)
-
-
-@app.command()
-def replay(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="id of a tuning run")],
-    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="where")] = "auto",
-    json: Json = False,
-) -> None:
-    """Rebuild a run's weights from its ledger; exit code 1 if they differ from the checkpoint."""
-    again = launch({"kind": "replay", "run": run, "device": device}, json)
-    report(again, follow(again, json), json)
 
 
 @app.command()

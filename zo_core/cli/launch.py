@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from zo_core import backend, runs
+from zo_core.artifacts.place import prepare, prepare_ledger
 from zo_core.errors import UserError
-from zo_core.jobs import JOB, TaskChoice, explain
+from zo_core.jobs import JOB, ExportJob, ReplayJob, TaskChoice, explain
 from zo_core.models.catalog import describe, resolve
 from zo_core.runs import Run, Status, to_json
 from zo_core.scope_spec import parse
@@ -47,10 +48,10 @@ def _absolute(fields: dict[str, Any]) -> dict[str, Any]:
     task = TASKS.get(fields.get("task", ""))
     if task is not None and not task.bundled and settings().data_dir:
         fields.setdefault("data_dir", settings().data_dir)
-    for name in ("data_dir", "task_file"):
-        if name in fields:
+    for name in ("data_dir", "task_file", "ledger", "out"):
+        if fields.get(name) is not None:
             fields[name] = Path(fields[name]).expanduser().absolute()
-    if "model" in fields:
+    if fields.get("model"):
         source, folder = resolve(fields["model"])
         if source == "local":
             fields["model"] = str(Path(folder).absolute())
@@ -61,16 +62,21 @@ def check(job: Any) -> None:
     """Find what is wrong with a valid spec before a run is made of it.
 
     Raises:
-        UserError: an unknown task, or a layer that the model does not have.
+        UserError: an unknown task, a layer that the model does not have, a run that cannot be
+            exported, or a path in use.
     """
+    if isinstance(job, ExportJob):
+        prepare(job)
+    if isinstance(job, ReplayJob) and job.ledger is not None:
+        prepare_ledger(job)
     if hasattr(job, "task"):
         _check_task(job)
-    if not hasattr(job, "model") or resolve(job.model)[0] == "hub":
+    if not getattr(job, "model", None) or resolve(job.model)[0] == "hub":
         return  # the worker asks the hub
     layers = list(getattr(job, "layers", None) or [])
     if hasattr(job, "scope"):
         layers += parse(job.scope).numbers
-    info = describe(job.model, job.revision)
+    info = describe(job.model, getattr(job, "revision", None))
     for layer in layers:
         if layer >= info.n_layers:
             raise UserError(
@@ -175,10 +181,22 @@ def _print_summary(run: Run, summary: dict[str, Any]) -> None:
             typer.echo(f"{cut} rows were longer than the model's context: cut on the left")
     elif kind == "replay":
         verdict = "bit for bit the checkpoint" if summary["identical"] else "NOT the checkpoint"
+        largest = summary["max_difference"]
         typer.echo(
             f"{summary['run_id']}: {summary['steps']} steps replayed on {summary['device']}, "
-            f"{verdict} (largest difference {summary['max_difference']:g})"
+            f"{verdict}" + ("" if largest is None else f" (largest difference {largest:g})")
         )
+        if "out" in summary:
+            typer.echo(summary["out"])
+            return
+    elif kind == "export":
+        which = "best on the dev rows" if summary["weights"] == "best" else summary["state"]
+        typer.echo(
+            f"{summary['run_id']}: {summary['form']} of step {summary['step']} of "
+            f"{summary['steps']} ({which}), {summary['bytes'] / 1e6:.3g} MB"
+        )
+        typer.echo(summary["out"])
+        return
     typer.echo(f"{run.path}")
 
 

@@ -1,7 +1,5 @@
 """Tune: zeroth-order fine-tuning of a scope, with evaluation before and after, and resume."""
 
-import hashlib
-from collections.abc import Iterable
 from contextlib import closing
 from statistics import fmean
 from typing import Any
@@ -19,6 +17,7 @@ from zo_core.tasks.data import TaskData, load_job_task
 from zo_core.tasks.evaluate import METRICS, evaluate
 from zo_core.tasks.templates import Example, encode_rows
 from zo_core.zo.checkpoint import restore_run, save_checkpoint
+from zo_core.zo.fingerprint import base_weights, digest
 from zo_core.zo.forward import CHUNK, FastForward, Forward, ReferenceForward
 from zo_core.zo.path import choose_forward
 from zo_core.zo.scope import TunedScope
@@ -211,21 +210,12 @@ def _fingerprint(
     loaded: LoadedModel, scope: TunedScope, training: list[Example], validation: list[Example]
 ) -> dict[str, str]:
     """What a resumed run must find as it was, by the name it is called in the sentence."""
-
-    def digest(parts: Iterable[object]) -> str:
-        text = "\n".join(map(str, parts))
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-    # The initial adapters say nothing of the model they are added to.
-    adapters = any(".lora_" in name for name in scope.master)
-    weights = loaded.model.parameters() if adapters else scope.master.values()
-    sums = (w.double().sum().item() for w in weights)
     return {
         "training rows": digest((e.label, e.rows) for e in training),
         "validation rows": digest((e.label, e.rows) for e in validation),
         "dtype": loaded.dtype_name,
         "kind of device": loaded.device.type,
-        "base weights": digest(f"{s:.6e}" for s in sums),
+        "base weights": base_weights(loaded, scope),
     }
 
 
