@@ -182,6 +182,7 @@ class Evaluations:
                 for (split, step), record in self._known.items()
                 if split != "dev" or not 0 < step <= at
             }
+            self._keep_best(at)
 
     @property
     def keeps(self) -> Keep:
