@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from safetensors import safe_open
 
 from tests.integration.conftest import CommandLine
 from zo_core import runs
@@ -115,7 +116,12 @@ def test_tune(cli: CommandLine, tuned: dict[str, Any], scanned: dict[str, Any]) 
     assert (run.path / "checkpoint.safetensors").is_file()
     records, _ = run.read_metrics()
     assert [r["step"] for r in records if r["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
-    assert [r["step"] for r in records if r["kind"] == "eval"] == [0, 6]
+    evaluated = [(r["split"], r["step"]) for r in records if r["kind"] == "eval"]
+    assert evaluated[:3] == [("validation", 0), ("dev", 0), ("dev", 6)]
+    assert tuned["kept"] == "best"
+    assert evaluated[3:] == ([("validation", 6)] if tuned["best_step"] else [])
+    with safe_open(run.path / "best.safetensors", "pt") as file:
+        assert int(file.metadata()["step"]) == tuned["best_step"]
 
 
 def test_tune_in_words(cli: CommandLine) -> None:

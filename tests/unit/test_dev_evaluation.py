@@ -192,8 +192,10 @@ def test_patience_needs_dev_evaluations(fields: dict[str, int]) -> None:
 MOMENTS = ["before the record", "before the file", "after the file", "in the last evaluation"]
 
 
-@pytest.mark.parametrize("optimizer", ["zo-sgd", "adamw"])
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    ("moment", "optimizer"),
+    [*((m, "zo-sgd") for m in MOMENTS), *((m, "adamw") for m in MOMENTS[:2])],
+)
 def test_killed_around_the_best(
     monkeypatch: pytest.MonkeyPatch, dev_losses: Any, moment: str, optimizer: str
 ) -> None:
@@ -240,8 +242,10 @@ def test_killed_around_the_best(
         assert summary(run)[key] == summary(whole)[key], key
 
 
-@pytest.mark.parametrize("optimizer", ["zo-sgd", "adamw"])
-@pytest.mark.parametrize("damage", ["lost", "cut", "of another step"])
+@pytest.mark.parametrize(
+    ("damage", "optimizer"),
+    [("lost", "zo-sgd"), ("cut", "zo-sgd"), ("of another step", "zo-sgd"), ("lost", "adamw")],
+)
 def test_best_file_that_a_power_cut_spoilt(
     monkeypatch: pytest.MonkeyPatch, dev_losses: Any, damage: str, optimizer: str
 ) -> None:

@@ -137,7 +137,7 @@ def test_replay_says_what_is_missing() -> None:
 def test_prefix_refuses_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the model is loaded."""
     data = load_task("reviews")
-    generating = replace(data, task=replace(data.task, metric="f1"))
+    generating = replace(data, task=replace(data.task, generates=True))
     monkeypatch.setattr(tune_recipe, "load_job_task", lambda *_: generating)
     monkeypatch.setattr(tune_recipe, "acquire", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UserError, match="prefix cannot generate the answers of reviews"):
