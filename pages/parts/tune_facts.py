@@ -111,7 +111,7 @@ def _dev_notes(entry: history.Entry, metrics: curve.Curve) -> list[str]:
     if stopped is not None:
         notes.append(
             f"stopped early at step {stopped:,} of {entry.job.steps:,}: the dev loss did not "
-            f"improve for {entry.job.patience:,} evaluations"
+            f"improve in {entry.job.patience:,} of its evaluations"
         )
     best = summary.get("best_step", metrics.best_step)
     if best is not None:

@@ -149,7 +149,7 @@ def _tune(
             save_checkpoint(run, job, scope, optimizer, progress.step)
             context.log(
                 f"Stopped early at step {progress.step}: the dev loss has not improved on that of "
-                f"step {evaluations.best_step} for {job.patience} evaluations"
+                f"step {evaluations.best_step} (patience {job.patience})"
             )
         after = evaluations.kept(progress.step)
 
