@@ -110,8 +110,8 @@ def _dev_notes(entry: history.Entry, metrics: curve.Curve) -> list[str]:
     stopped = summary.get("stopped_early_at")
     if stopped is not None:
         notes.append(
-            f"stopped early at step {stopped:,} of {entry.job.steps:,}: the dev loss did not "
-            f"improve in {entry.job.patience:,} of its evaluations"
+            f"stopped early at step {stopped:,} of {entry.job.steps:,} as the dev loss did "
+            f"not improve (patience {entry.job.patience:,})"
         )
     best = summary.get("best_step", metrics.best_step)
     if best is not None:

@@ -91,7 +91,7 @@ def test_dev_points_best_step_and_early_stop_are_shown(
         print([b.proto.label for b in app.get("download_button")])
         print([*app.exception])
     """
-    lines = run_python(code, tmp_path).replace("\\\\", "").strip().splitlines()
+    lines = run_python(code, tmp_path).replace("\\", "").strip().splitlines()
     assert lines[0] == "50.0 % → 62.5 %"
     assert "stopped early at step 4 of 100" in lines[1]
     assert "best dev loss 0.55 at step 2, whose weights are kept" in lines[1]
