@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -126,8 +127,9 @@ def test_tune(cli: CommandLine, tuned: dict[str, Any], scanned: dict[str, Any]) 
 
 def test_tune_in_words(cli: CommandLine) -> None:
     answer = cli("tune", "--scope", "layer:15", "--steps", 1, *SMALL).expect(0)
-    assert "layer:15 (layer 15)  accuracy" in answer.out
+    assert "layer:15 (803328 parameters)  accuracy" in answer.out
     assert "2 forward passes" in answer.out
+    assert re.search(r"best dev loss [\d.]+ at step [01] of 1; the best weights", answer.out)
     assert str(cli.cache / "runs") in answer.out
 
 
