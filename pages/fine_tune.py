@@ -4,7 +4,7 @@ import re
 
 import streamlit as st
 
-from pages.parts import curve, exports, history, launch, run_view
+from pages.parts import curve, exports, history, launch, run_view, tune_facts
 from pages.parts.choice import Choice, current, describe, line
 from pages.parts.forms import data_folder, missing_layers, task_picker
 from pages.parts.frame import begin
@@ -12,7 +12,7 @@ from pages.parts.live_chart import live_chart
 from pages.parts.own_task import own_fields
 from pages.parts.preview import preview
 from pages.parts.tune_fields import advanced, integers, numbered_layers
-from pages.parts.words import count, duration, layer_name, plain
+from pages.parts.words import layer_name
 from zo_core import export, plots, runs, scope_spec
 from zo_core.jobs import TuneJob, command_line, recommended_lr
 from zo_core.tasks.catalog import METRIC_NAMES, OWN
@@ -24,8 +24,6 @@ SCOPES = {
     "other": "Other",
 }
 FIELDS = TuneJob.model_fields
-ROUNDED_AWAY = 0.99
-"""Share of weights that an update changes below which the page says that updates round away."""
 ONE_LAYER = re.compile(r"^layer:(\d{1,5})$")
 
 
@@ -135,7 +133,7 @@ def form(choice: Choice) -> None:
         integers(
             values,
             {
-                "eval_every": "Evaluate every (steps)",
+                "eval_every": "Dev evaluation every (steps)",
                 "checkpoint_every": "Checkpoint every (steps)",
                 "train_examples": "Training rows",
                 "dev_examples": "Dev rows (empty: the task's)",
@@ -175,102 +173,12 @@ def form(choice: Choice) -> None:
     )
 
 
-def facts(entry: history.Entry, metrics: curve.Curve) -> None:
-    """Main metric and loss before and after, speed, time left."""
-    status, summary, metric = entry.status, entry.summary, entry.metric
-    running = status.state == "running"
-    evaluations = metrics.evals
-    before = summary.get("before") or status.details.get("before") or evaluations.get(0)
-    last = max(evaluations, default=0)
-    after = summary.get("after") or (evaluations[last] if last else None)
-    speed = summary.get("steps_per_second") or metrics.speed()
-    left = (status.total - status.step) / speed if speed and running else None
-    with st.container(horizontal=True, key="tune_facts"):
-        for key, title, text in (
-            (metric, f"Validation {METRIC_NAMES[metric]}", lambda e: history.percent(e, metric)),
-            ("loss", "Validation loss", lambda e: plots.number(e["loss"]) if e.get("loss") else ""),
-        ):
-            shown = after or before
-            delta = None
-            if after and before and after.get(key) is not None and before.get(key) is not None:
-                gain = after[key] - before[key]
-                delta = f"{100 * gain:+.1f} points" if key == metric else f"{gain:+.3f}"
-            start = text(before) if before else ""
-            value = (
-                f"{start} → {text(after)}" if after and before else (text(shown) if shown else "…")
-            )
-            if before and not after and start:
-                value = f"{start} (before)"
-            st.metric(
-                title,
-                value or "…",
-                delta=delta,
-                border=True,
-                width=230,
-                height="stretch",
-                delta_color="normal" if key == metric else "inverse",
-            )
-        st.metric(
-            "Steps a second",
-            plots.number(speed) if speed else "…",
-            border=True,
-            width=150,
-            height="stretch",
-        )
-        if running:
-            st.metric(
-                "Time left",
-                duration(left) if left is not None else "…",
-                border=True,
-                width=150,
-                height="stretch",
-            )
-        elif summary.get("seconds"):
-            st.metric(
-                "Time", duration(summary["seconds"]), border=True, width=150, height="stretch"
-            )
-        passes = metrics.columns["forward_passes"]
-        st.metric(
-            "Forward passes",
-            f"{passes[-1]:,.0f}" if passes else "0",
-            border=True,
-            width=150,
-            height="stretch",
-        )
-    notes = [f"scope {entry.scope}"]
-    if not status.live and not summary.get("after"):
-        notes.insert(
-            0,
-            f"last evaluated at step {last:,} of {status.total:,}"
-            if after
-            else "not evaluated after tuning",
-        )
-    tuned = summary.get("tuned_parameters") or status.details.get("tuned_parameters")
-    if tuned:
-        notes.append(f"{count(tuned)} tuned parameters")
-    lr = summary.get("lr") or status.details.get("lr") or entry.job.effective_lr
-    notes.append(f"learning rate {lr:g}")
-    cut = sum((status.details.get("truncated") or {}).values())
-    if cut:
-        notes.append(f"{cut:,} rows cut on the left to fit the context")
-    if entry.job.optimizer != FIELDS["optimizer"].default:
-        notes.append(f"optimizer {entry.job.optimizer}")
-    changed = summary.get("changed")
-    if changed is not None and changed < ROUNDED_AWAY:
-        notes.append(f"an update changes {100 * changed:.3g} % of the weights in this precision")
-    path = summary.get("path") or status.details.get("path")
-    if path:
-        reason = summary.get("path_reason")
-        notes.append(f"{path} path" + (f" ({reason})" if reason else ""))
-    st.caption(plain(" · ".join(notes)))
-
-
 def show(entry: history.Entry) -> None:
     """A tuning run, live or ended."""
     metrics = curve.curve(entry.run)
     begun = entry.summary.get("before") or entry.status.details.get("before") or metrics.evals
     if len(metrics) or entry.status.live or (begun and entry.status.state != "failed"):
-        facts(entry, metrics)
+        tune_facts.facts(entry, metrics)
     if not len(metrics):
         if entry.status.live:
             st.caption("The curve appears with the first step.")
@@ -299,7 +207,9 @@ def show(entry: history.Entry) -> None:
         axis,
         span,
         f"{entry.run_id}-{axis}",
-        metric=entry.metric,
+        entry.metric,
+        metrics.dev_evaluations,
+        metrics.best_step,
     )
     live_chart(figure, key="loss_chart")
     # What the downloads below, which are not redrawn with the chart, read at the click.
@@ -310,7 +220,14 @@ def report(run: runs.Run, view: dict) -> bytes:
     """The figure of a run as it is now, in an HTML page; called at the click."""
     entry, metrics = history.read(run), curve.Curve()
     metrics.advance(run)
-    figure = plots.loss_curve(metrics.steps, metrics.evaluations, **view, metric=entry.metric)
+    figure = plots.loss_curve(
+        metrics.steps,
+        metrics.evaluations,
+        **view,
+        metric=entry.metric,
+        dev=metrics.dev_evaluations,
+        best=metrics.best_step,
+    )
     return export.html_bytes(
         f"Fine-tuning of {entry.job.model}",
         [(f"Loss and {METRIC_NAMES[entry.metric]}", figure)],

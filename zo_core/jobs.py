@@ -8,7 +8,6 @@ anything is loaded; :func:`explain` turns a validation error into one sentence.
 import math
 import shlex
 from pathlib import Path
-from string import Formatter
 from typing import Annotated, Literal, get_args
 
 from pydantic import (
@@ -22,6 +21,7 @@ from pydantic import (
 )
 
 from zo_core import scope_spec
+from zo_core.own_spec import check_template, parse_verbalizers
 from zo_core.run_jobs import Device, ExportJob, ReplayJob
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -34,6 +34,8 @@ Optimizer = Literal["zo-sgd", "momentum", "sign", "conservative", "adamm", "adam
 Estimator = Literal["two-sided", "one-sided"]
 Schedule = Literal["constant", "linear", "cosine"]
 Precision = Literal["fp32-master", "inplace", "fp32"]
+Keep = Literal["best", "last"]
+TrackerName = Literal["tensorboard", "trackio", "wandb"]
 
 PAPER_LR = 1e-6
 """Middle of the paper's grid {1e-7, 5e-7, 1e-6, 5e-6}, used for every model but the demo."""
@@ -196,11 +198,28 @@ class TuneJob(TaskFields):
         None, ge=0, description="training rows held out; none given: 500, or 100 of a small task"
     )
     eval_examples: int = Field(1000, ge=1, description="at most so many validation rows")
-    eval_every: int = Field(250, ge=0, description="steps between evaluations; 0: only the ends")
+    eval_every: int = Field(
+        250, ge=0, description="steps between evaluations on dev rows; 0: none, the last is kept"
+    )
+    keep: Keep = Field("best", description="weights that results are of: best by dev loss, or last")
+    patience: int = Field(
+        0, ge=0, description="stop after so many dev evaluations without improvement; 0: never"
+    )
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
     path: ForwardPath = Field(
         "auto", description="fast: cached frozen prefix; reference: as the papers"
     )
+    track: list[TrackerName] = Field(
+        [], description="also log to these, in the run folder or local"
+    )
+
+    @field_validator("track", mode="before")
+    @classmethod
+    def _track_from_text(cls, value: object) -> object:
+        names = value.split(",") if isinstance(value, str) else value
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            return sorted({name.strip() for name in names} - {""})
+        return value
 
     @field_validator("scope")
     @classmethod
@@ -214,6 +233,8 @@ class TuneJob(TaskFields):
             raise ValueError(
                 f"warmup_steps must be below steps: {self.warmup_steps} of {self.steps} leave none"
             )
+        if self.patience and not (self.eval_every and self.dev_examples != 0):
+            raise ValueError("patience counts dev evaluations: raise eval_every and dev_examples")
         if self.precision == "fp32" and self.dtype not in ("auto", "float32"):
             raise ValueError("precision fp32 loads float32 weights: leave dtype at auto")
         if self.optimizer == "adamw":
@@ -277,44 +298,6 @@ JOB: TypeAdapter[Job] = TypeAdapter(Job)
 KINDS: dict[str, type[BaseModel]] = {
     t.model_fields["kind"].default: t for t in get_args(get_args(Job)[0])
 }
-
-
-def parse_verbalizers(text: str) -> dict[str, str]:
-    """``0=terrible,1=great`` as a dict.
-
-    Raises:
-        ValueError: a part is not ``label=word``, or a label comes twice.
-    """
-    found: dict[str, str] = {}
-    for part in text.split(","):
-        label, equals, word = (piece.strip() for piece in part.partition("="))
-        if not (label and equals and word):
-            raise ValueError(f"has {part.strip()!r}: write label=word, as 0=terrible,1=great")
-        if label in found:
-            raise ValueError(f"name the label {label!r} twice")
-        found[label] = word
-    return found
-
-
-def check_template(template: str) -> None:
-    """Refuse a template whose fields cannot be read.
-
-    Raises:
-        ValueError: a stray brace, something beside a name in braces, or no field at all.
-    """
-    try:
-        parts = list(Formatter().parse(template))
-    except ValueError as error:
-        raise ValueError("has a single brace: write {{ or }} for a brace in the text") from error
-    names = [name for _, name, _, _ in parts if name is not None]
-    if any(
-        not n.strip() or spec or conversion for _, n, spec, conversion in parts if n is not None
-    ):
-        raise ValueError("has braces that hold more or less than a field's name: write {sentence}")
-    if any(c in name for name in names for c in ".[]"):
-        raise ValueError("can use plain fields only: no dot or bracket within the braces")
-    if not names:
-        raise ValueError('names no field: write one in braces, as "{sentence} It was"')
 
 
 def recommended_lr(model: str, scope: str, optimizer: str = "zo-sgd") -> float:

@@ -18,6 +18,8 @@ class Curve:
         self.offset = 0
         self.columns = {name: array("d") for name in COLUMNS}
         self.evals: dict[int, dict] = {}
+        """Validation, by step."""
+        self.dev: dict[int, dict] = {}
 
     def advance(self, run: Run) -> None:
         """Read the records that are new."""
@@ -32,7 +34,8 @@ class Curve:
             if record.get("kind") == "step":
                 self._add(record)
             elif record.get("kind") == "eval":
-                self.evals[record["step"]] = record
+                found = self.dev if record.get("split") == "dev" else self.evals
+                found[record["step"]] = record
 
     def _add(self, record: dict) -> None:
         steps = self.columns["step"]
@@ -54,8 +57,19 @@ class Curve:
 
     @property
     def evaluations(self) -> pd.DataFrame:
-        """Columns step, loss and the task's metrics; empty before the first evaluation."""
+        """Of validation rows: columns step, loss and the task's metrics; empty before the first."""
         return pd.DataFrame([self.evals[step] for step in sorted(self.evals)])
+
+    @property
+    def dev_evaluations(self) -> pd.DataFrame:
+        """The same of dev rows."""
+        return pd.DataFrame([self.dev[step] for step in sorted(self.dev)])
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the smallest dev loss so far, the earlier one of equals."""
+        losses = {s: r["loss"] for s, r in self.dev.items() if r.get("loss") is not None}
+        return min(losses, key=lambda s: (losses[s], s)) if losses else None
 
     def speed(self, window: int = 50) -> float | None:
         """Steps a second over the last steps, evaluation left out."""

@@ -71,3 +71,14 @@ def advanced(values: dict) -> None:
         options(values, {"schedule": "Learning rate schedule"}, width=190)
         integers(values, {"warmup_steps": "Warm-up steps"}, width=150)
         options(values, {"precision": "Precision"})
+    with st.container(horizontal=True):
+        options(values, {"keep": "Weights to keep"})
+        integers(values, {"patience": "Patience (dev evaluations, 0: off)"}, width=240)
+        values["track"] = st.multiselect(
+            "Trackers",
+            get_args(get_args(FIELDS["track"].annotation)[0]),
+            key="tune_track",
+            width=300,
+            help=FIELDS["track"].description,
+            persist_state="session",
+        )

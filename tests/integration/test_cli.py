@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from safetensors import safe_open
 
 from tests.integration.conftest import CommandLine
 from zo_core import runs
@@ -115,13 +117,19 @@ def test_tune(cli: CommandLine, tuned: dict[str, Any], scanned: dict[str, Any]) 
     assert (run.path / "checkpoint.safetensors").is_file()
     records, _ = run.read_metrics()
     assert [r["step"] for r in records if r["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
-    assert [r["step"] for r in records if r["kind"] == "eval"] == [0, 6]
+    evaluated = [(r["split"], r["step"]) for r in records if r["kind"] == "eval"]
+    assert evaluated[:3] == [("validation", 0), ("dev", 0), ("dev", 6)]
+    assert tuned["kept"] == "best"
+    assert evaluated[3:] == ([("validation", 6)] if tuned["best_step"] else [])
+    with safe_open(run.path / "best.safetensors", "pt") as file:
+        assert int(file.metadata()["step"]) == tuned["best_step"]
 
 
 def test_tune_in_words(cli: CommandLine) -> None:
     answer = cli("tune", "--scope", "layer:15", "--steps", 1, *SMALL).expect(0)
-    assert "layer:15 (layer 15)  accuracy" in answer.out
+    assert "layer:15 (803328 parameters)  accuracy" in answer.out
     assert "2 forward passes" in answer.out
+    assert re.search(r"best dev loss [\d.]+ at step [01] of 1; the best weights", answer.out)
     assert str(cli.cache / "runs") in answer.out
 
 

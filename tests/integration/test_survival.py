@@ -23,15 +23,15 @@ pytestmark = pytest.mark.timeout(300)
 STEPS, CHECKPOINT_EVERY = 60, 25
 SPEC: tuple[object, ...] = (
     *("--task", "reviews", "--scope", "layer:13", "--steps", STEPS, "--batch-size", 4),
-    *("--train-examples", 64, "--eval-examples", 20, "--eval-every", 30, "--seed", 7),
-    *("--weight-decay", 0.01, "--checkpoint-every", CHECKPOINT_EVERY),
+    *("--train-examples", 64, "--dev-examples", 10, "--eval-examples", 20, "--eval-every", 15),
+    *("--weight-decay", 0.01, "--checkpoint-every", CHECKPOINT_EVERY, "--seed", 7),
 )
 FULL: tuple[object, ...] = (
     *("--scope", "full", "--noise", "rademacher", "--steps", 6, "--batch-size", 2, "--lr", 1e-5),
     *("--train-examples", 16, "--eval-examples", 4, "--eval-every", 0, "--checkpoint-every", 2),
 )
-CHECKPOINT = "checkpoint.safetensors"
-TIMES = {"seconds"}
+CHECKPOINT, BEST = "checkpoint.safetensors", "best.safetensors"
+TIMES = {"seconds", "eval_seconds"}
 """What may differ in a ledger: how long it took."""
 
 
@@ -48,26 +48,31 @@ def has_begun(run: Run) -> bool:
     return run.status().state == "running"
 
 
-def assert_same_outcome(run: Run, uninterrupted: Run) -> None:
-    """The same tensors, ledger, evaluations and summary."""
-    ours, theirs = (load_file(r.path / CHECKPOINT) for r in (run, uninterrupted))
+def assert_same_tensors(file: Path, other: Path) -> None:
+    """The same bits under the same names, of the same step."""
+    ours, theirs = load_file(file), load_file(other)
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert tensor.dtype == torch.float32
         # Of the bits: == takes 0.0 and -0.0 for equal.
         assert torch.equal(ours[name].view(torch.int32), tensor.view(torch.int32)), name
-    with (
-        safe_open(run.path / CHECKPOINT, "pt") as a,
-        safe_open(uninterrupted.path / CHECKPOINT, "pt") as b,
-    ):
+    with safe_open(file, "pt") as a, safe_open(other, "pt") as b:
         assert a.metadata() == b.metadata()
+
+
+def assert_same_outcome(run: Run, uninterrupted: Run) -> None:
+    """The same tensors, ledger, evaluations and summary."""
+    for file in (CHECKPOINT, BEST):
+        assert (run.path / file).exists() == (uninterrupted.path / file).exists()
+        if (run.path / file).exists():
+            assert_same_tensors(run.path / file, uninterrupted.path / file)
     ledgers = [
         [{k: v for k, v in r.items() if k not in TIMES} for r in x.read_metrics()[0]]
         for x in (run, uninterrupted)
     ]
     assert ledgers[0] == ledgers[1]
     results = [x.result_json() or {} for x in (run, uninterrupted)]
-    for name in ("before", "after", "forward_passes", "layer", "lr", "tuned_parameters"):
+    for name in ("before", "after", "best_step", "forward_passes", "eval_forward_passes", "layer"):
         assert results[0][name] == results[1][name], name
 
 
@@ -196,12 +201,18 @@ def lose_checkpoint(run: Run) -> None:
     (run.path / CHECKPOINT).unlink()
 
 
+def lose_best(run: Run) -> None:
+    (run.path / BEST).unlink()
+
+
 def cut_checkpoint(run: Run) -> None:
     file = run.path / CHECKPOINT
     file.write_bytes(file.read_bytes()[:-100])
 
 
-@pytest.mark.parametrize("damage", [tear_ledger, shorten_ledger, lose_checkpoint, cut_checkpoint])
+@pytest.mark.parametrize(
+    "damage", [tear_ledger, shorten_ledger, lose_checkpoint, lose_best, cut_checkpoint]
+)
 def test_files_that_a_power_cut_left(
     cli: CommandLine, uninterrupted: Run, copied: Run, damage: Callable[[Run], None]
 ) -> None:

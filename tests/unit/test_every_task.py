@@ -61,12 +61,18 @@ def test_tune_and_evaluate(task: str, store: Path) -> None:
     assert summary["metric"] == TASKS[task].metric
     assert (summary["train_examples"], summary["dev_examples"]) == (16, 4)
     assert summary["path"] == "fast"
-    assert summary["truncated"] == {"train": 0, "validation": 0}
+    assert summary["truncated"] == {"train": 0, "dev": 0, "validation": 0}
     records = run.read_metrics()[0]
     steps = [r for r in records if r["kind"] == "step"]
     assert len(steps) == 3
     assert any(r["loss"] != steps[0]["loss"] for r in steps)
-    assert all(set(r) == wanted | {"kind", "step", "split"} for r in records if r["kind"] == "eval")
+    evaluations = [r for r in records if r["kind"] == "eval"]
+    keys = wanted | {"kind", "step", "split", "eval_seconds", "eval_forward_passes"}
+    assert all(set(r) == keys for r in evaluations)
+    assert [(r["split"], r["step"]) for r in evaluations] == [("validation", 0), ("validation", 3)]
+    batches = 2  # of the 6 validation rows
+    least = 2 * batches if TASKS[task].generates else batches
+    assert all(r["eval_forward_passes"] >= least for r in evaluations)
 
 
 @pytest.mark.parametrize("task", ["copa", "squad"])

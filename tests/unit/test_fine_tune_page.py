@@ -1,13 +1,17 @@
 """The fine-tune form: simple at first, every setting under Advanced, and its command line."""
 
+import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from tests.unit.test_rooms import run_python
 from zo_core import runs
 from zo_core.artifacts.raw import Stored, build_header
 from zo_core.jobs import TuneJob
+from zo_core.plots import loss_curve
+from zo_core.runs import Process
 from zo_core.settings import settings
 
 
@@ -26,6 +30,10 @@ def test_advanced_settings_and_other_scopes(tmp_path: Path) -> None:
         app.number_input(key="tune_directions").set_value(4).run()
         app.selectbox(key="tune_noise").set_value("sphere").run()
         print(app.code[0].value)
+        app.selectbox(key="tune_keep").set_value("last").run()
+        app.number_input(key="tune_patience").set_value(3).run()
+        app.multiselect(key="tune_track").set_value(["wandb", "tensorboard"]).run()
+        print(app.code[0].value)
         app.selectbox(key="tune_optimizer").set_value("adamw").run()
         print(app.code[0].value)
         app.text_input(key="tune_scope_text").set_value("layer:99").run()
@@ -43,10 +51,12 @@ def test_advanced_settings_and_other_scopes(tmp_path: Path) -> None:
     assert lines[1] == f"{start} --scope attention:auto"
     momentum = "--optimizer momentum --momentum 0.5 --directions 4"
     assert lines[2] == f"{start} --noise sphere --scope channels:auto:top1% {momentum}"
-    assert lines[3] == f"{start} --scope channels:auto:top1% --optimizer adamw"
-    assert "there is no layer 99" in lines[4]
-    assert "choose full" in lines[5]
-    assert "path fast is not possible" in lines[6]
+    kept = "--keep last --patience 3 --track tensorboard,wandb"
+    assert lines[3] == f"{lines[2]} {kept}"
+    assert lines[4] == f"{start} --scope channels:auto:top1% --optimizer adamw {kept}"
+    assert "there is no layer 99" in lines[5]
+    assert "choose full" in lines[6]
+    assert "path fast is not possible" in lines[7]
 
 
 def test_an_ended_run_offers_its_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,3 +91,61 @@ def test_an_ended_run_offers_its_exports(tmp_path: Path, monkeypatch: pytest.Mon
     assert lines[1] == "['make_model', 'make_adapter']"
     assert lines[2] == "['metrics.csv', 'Tuned tensors', 'Ledger', 'Figure (HTML)']"
     assert lines[3:] == ["True", "False"]
+
+
+def test_dev_points_best_step_and_early_stop_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings(), "cache_dir", tmp_path)
+    job = TuneJob(scope="layer:3", steps=100, eval_every=2, patience=1)
+    run = runs.create(job, Process.current())
+    outcome = {"kind": "eval", "examples": 8}
+    run.append_metrics(outcome | {"step": 0, "split": "validation", "accuracy": 0.5, "loss": 0.7})
+    for n in range(1, 5):
+        step = {"kind": "step", "step": n, "loss": 0.7, "seconds": 1.0 * n, "forward_passes": 2 * n}
+        run.append_metrics(step)
+    for n, loss in ((0, 0.7), (2, 0.55), (4, 0.6)):
+        run.append_metrics(outcome | {"step": n, "split": "dev", "accuracy": 0.5, "loss": loss})
+    before, after = {"accuracy": 0.5, "loss": 0.7}, {"accuracy": 0.625, "loss": 0.6}
+    run.append_metrics(outcome | {"step": 2, "split": "validation"} | after)
+    summary = {"before": before, "after": after, "best_step": 2, "kept": "best", "lr": 1e-3}
+    run.write_result("summary.json", json.dumps(summary | {"stopped_early_at": 4, "steps": 4}))
+    for name in ("best", "checkpoint"):
+        (run.path / f"{name}.safetensors").touch()
+    run.update(state="done", step=4, total=100)
+    code = f"""
+        from streamlit.testing.v1 import AppTest
+        app = AppTest.from_file("app.py", default_timeout=60)
+        app.query_params["run"] = {run.run_id!r}
+        app.run()
+        app.switch_page("pages/fine_tune.py")
+        app.query_params["run"] = {run.run_id!r}
+        app.run()
+        print(app.metric[0].value)
+        print(next(c.value for c in app.caption if "stopped early" in c.value))
+        print([b.proto.label for b in app.get("download_button")])
+        print([*app.exception])
+    """
+    lines = run_python(code, tmp_path).replace("\\", "").strip().splitlines()
+    assert lines[0] == "50.0 % → 62.5 %"
+    assert "stopped early at step 4 of 100" in lines[1]
+    assert "best dev loss 0.55 at step 2, whose weights are kept" in lines[1]
+    assert "best.safetensors" in lines[2]
+    assert "checkpoint.safetensors" in lines[2]
+    assert lines[3] == "[]"
+
+
+def test_chart_draws_dev_evaluations_and_marks_the_best() -> None:
+    steps = pd.DataFrame(
+        {"step": [1, 2, 3, 4], "loss": 1.0, "forward_passes": [2, 4, 6, 8], "seconds": 1.0}
+    )
+    evals = pd.DataFrame({"step": [0, 2], "accuracy": [0.5, 0.75], "loss": [0.7, 0.6]})
+    dev = pd.DataFrame({"step": [0, 2, 4], "accuracy": 0.5, "loss": [0.7, 0.5, 0.6]})
+    figure = loss_curve(steps, evals, "forward_passes", dev=dev, best=2)
+    drawn = {trace.name: trace for trace in figure.data}
+    assert list(drawn["dev loss"].x) == list(drawn["dev accuracy"].x) == [0, 4, 8]
+    assert list(drawn["dev loss"].y) == [0.7, 0.5, 0.6]
+    assert list(drawn["validation accuracy"].y) == [50.0, 75.0]
+    assert all(shape.x0 == 4 for shape in figure.layout.shapes)
+    assert "best dev loss: step 2" in str(figure.layout.annotations)
+    loss_curve(steps, pd.DataFrame())

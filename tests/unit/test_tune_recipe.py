@@ -21,7 +21,10 @@ from zo_core.settings import settings
 from zo_core.tasks.data import load_task
 from zo_core.zo.checkpoint import read_checkpoint
 
-SMALL = {"batch_size": 2, "steps": 4, "train_examples": 16, "eval_examples": 8, "device": "cpu"}
+SMALL: dict[str, Any] = {
+    **{"batch_size": 2, "steps": 4, "train_examples": 16, "dev_examples": 8, "eval_examples": 8},
+    "device": "cpu",
+}
 CASES: list[dict[str, Any]] = [
     {"scope": "attention:auto", "optimizer": "momentum", "directions": 2, "accumulate": 2},
     {"scope": "channels:auto:top1%", "estimator": "one-sided", "noise": "sphere"},

@@ -176,6 +176,12 @@ def _print_summary(run: Run, summary: dict[str, Any]) -> None:
             f"loss {before['loss']:.4f} -> {after['loss']:.4f}  "
             f"{summary['steps_per_second']:.2f} steps/s, {summary['forward_passes']} forward passes"
         )
+        if summary["best_step"] is not None:
+            early = ", stopped early" if summary["stopped_early_at"] is not None else ""
+            typer.echo(
+                f"best dev loss {summary['dev']['loss']:.4f} at step {summary['best_step']} of "
+                f"{summary['steps']}{early}; the {summary['kept']} weights are kept"
+            )
         cut = sum(summary["truncated"].values())
         if cut:
             typer.echo(f"{cut} rows were longer than the model's context: cut on the left")

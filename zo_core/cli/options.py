@@ -18,7 +18,8 @@ def _metavar(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return "|".join(get_args(annotation))
     if get_origin(annotation) is list:
-        return "0,3,8"
+        (item,) = get_args(annotation)
+        return ",".join(get_args(item)) or "0,3,8"
     if get_origin(annotation) is dict:
         return "0=terrible,1=great"
     return {int: "N", float: "X", str: "TEXT"}.get(annotation, "PATH")
@@ -35,7 +36,7 @@ def with_job_options(kind: str) -> Callable[[Callable[..., None]], Callable[...,
     for name, field in job.model_fields.items():
         if name == "kind":
             continue
-        shown = None if field.default is None else str(field.default)
+        shown = None if field.default in (None, []) else str(field.default)
         options.append(
             inspect.Parameter(
                 name,

@@ -47,8 +47,10 @@ def loss_curve(
     span: int = 50,
     uirevision: str = "",
     metric: str = "accuracy",
+    dev: pd.DataFrame | None = None,
+    best: int | None = None,
 ) -> go.Figure:
-    """Training loss, raw and smoothed, above the main metric of the evaluations.
+    """Training loss, raw and smoothed, with the dev loss, above the main metric of evaluations.
 
     Args:
         steps: columns ``step, loss, forward_passes, seconds`` (the last two cumulative).
@@ -56,10 +58,13 @@ def loss_curve(
         axis: a key of :data:`AXES`.
         span: steps of the moving average.
         uirevision: zoom survives redraws while this stays the same.
-        metric: the column of ``evals`` that is drawn, a share.
+        metric: the column of ``evals`` and ``dev`` that is drawn, a share.
+        dev: evaluations of dev rows, with columns ``step``, ``loss`` and ``metric``.
+        best: the step that is marked as the best by dev loss.
     """
     title = METRICS_DRAWN[metric]
-    rows = 1 if evals.empty else 2
+    dev = pd.DataFrame() if dev is None else dev
+    rows = 1 if evals.empty and dev.empty else 2
     figure = make_subplots(
         rows=rows,
         cols=1,
@@ -98,27 +103,50 @@ def loss_curve(
             marker={"symbol": "x", "size": 9, "color": OKABE_ITO[3]},
             hovertemplate=f"{AXES[axis]} %{{x}}: loss is not finite<extra></extra>",
         )
-    if not evals.empty:
-        # An evaluation happens at a step; on the other axes it sits where that step was.
-        at = np.interp(
-            evals["step"].to_numpy(dtype=float),
-            np.concatenate([[0.0], steps["step"].to_numpy(dtype=float)]),
-            np.concatenate([[0.0], x]),
+    # An evaluation happens at a step; on the other axes it sits where that step was.
+    taken = np.concatenate([[0.0], steps["step"].to_numpy(dtype=float)])
+    reached = np.concatenate([[0.0], x])
+    for table, split, line, marker in (
+        (evals, "validation", {"color": OKABE_ITO[2], "dash": "dot", "width": 2}, "diamond"),
+        (dev, "dev", {"color": OKABE_ITO[3], "width": 1.5}, "circle"),
+    ):
+        if table.empty:
+            continue
+        panels = [(2, metric, 100.0, f"{title} %{{y:.1f}} %")]
+        if split == "dev":  # the loss that chooses, where the training loss is
+            panels.append((1, "loss", 1.0, "loss %{y:.4f}"))
+        for row, column, scale, shown in panels:
+            figure.add_scatter(
+                x=np.interp(table["step"].to_numpy(dtype=float), taken, reached),
+                y=scale * table[column].to_numpy(dtype=float),
+                name=f"{split} {title if row == 2 else column}",
+                mode="lines+markers",
+                line=line,
+                marker={"symbol": marker, "size": 9},
+                cliponaxis=False,
+                row=row,
+                col=1,
+                customdata=table["step"],
+                hovertemplate=f"step %{{customdata}}: {split} {shown}<extra></extra>",
+            )
+    if rows == 2:
+        shares = pd.concat([t[metric] for t in (evals, dev) if not t.empty])
+        figure.update_yaxes(title=f"{title} (%)", range=_share_range(shares), row=2, col=1)
+    if best is not None:
+        figure.add_vline(
+            x=float(np.interp(best, taken, reached)),
+            line={"color": OKABE_ITO[3], "dash": "dash", "width": 1.5},
         )
-        figure.add_scatter(
-            x=at,
-            y=100 * evals[metric].to_numpy(dtype=float),
-            name=f"validation {title}",
-            mode="lines+markers",
-            line={"color": OKABE_ITO[2], "dash": "dot", "width": 2},
-            marker={"symbol": "diamond", "size": 9},
-            cliponaxis=False,
-            row=2,
-            col=1,
-            customdata=evals["step"],
-            hovertemplate=f"step %{{customdata}}: {title} %{{y:.1f}} %<extra></extra>",
+        figure.add_annotation(
+            x=float(np.interp(best, taken, reached)),
+            y=1,
+            yref="y domain",
+            text=f"best dev loss: step {best:,}",
+            showarrow=False,
+            xanchor="left",
+            yanchor="top",
+            font={"color": OKABE_ITO[3], "size": 12},
         )
-        figure.update_yaxes(title=f"{title} (%)", range=_share_range(evals[metric]), row=2, col=1)
     figure.update_yaxes(title="loss (nats)", row=1, col=1)
     figure.update_xaxes(title=AXES[axis], rangemode="tozero", row=rows, col=1)
     if axis != "seconds" and len(x) and np.nanmax(x) < 10:  # plotly would put ticks at halves

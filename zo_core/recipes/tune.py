@@ -1,21 +1,22 @@
-"""Tune: zeroth-order fine-tuning of a scope, with evaluation before and after, and resume."""
+"""Tune: zeroth-order fine-tuning of a scope, evaluated before, on the way and after; resume."""
 
-from contextlib import closing
+from contextlib import ExitStack, closing
 from statistics import fmean
 from typing import Any
 
+from zo_core import trackers
 from zo_core.errors import UserError
 from zo_core.jobs import TuneJob
 from zo_core.models.load import LoadedModel
 from zo_core.progress import JobContext
 from zo_core.provenance import provenance
+from zo_core.recipes.evaluations import Evaluations
 from zo_core.recipes.scope import acquire, check_layers, dominant_layer
 from zo_core.runs import Run, to_json
 from zo_core.scope_spec import parse, spell
-from zo_core.tasks.catalog import METRIC_NAMES
 from zo_core.tasks.data import TaskData, load_job_task
-from zo_core.tasks.evaluate import METRICS, evaluate
 from zo_core.tasks.templates import Example, encode_rows
+from zo_core.trackers import Trackers
 from zo_core.zo.checkpoint import restore_run, save_checkpoint
 from zo_core.zo.fingerprint import base_weights, digest
 from zo_core.zo.forward import CHUNK, FastForward, Forward, ReferenceForward
@@ -25,8 +26,13 @@ from zo_core.zo.scopes import Selection, select
 from zo_core.zo.trainer import LossNotFiniteError, Progress, make_optimizer, make_scope, train
 
 
+class PatienceOverError(Exception):
+    """The dev loss has not improved for so many evaluations; ends the training loop."""
+
+
 def run_tune(job: TuneJob, run: Run, context: JobContext) -> None:
     """Tune a scope, or go on with a run that was interrupted."""
+    trackers.check(job.track)
     data = load_job_task(job, job.train_examples, job.eval_examples, job.seed, job.dev_examples)
     spec = parse(job.scope)
     if spec.form == "prefix" and data.task.generates:
@@ -53,21 +59,22 @@ def _tune(
     selection: Selection,
 ) -> None:
     """Evaluate, train and evaluate again; the model is as it was afterwards."""
-    training, validation = _encode(data, loaded, loaded.context - selection.positions)
-    metric = data.task.metric
-    truncated = {
-        "train": sum(e.truncated for e in training),
-        "validation": sum(e.truncated for e in validation),
-    }
+    examples = _encode(data, loaded, loaded.context - selection.positions)
+    training = examples["train"]
+    truncated = {split: sum(e.truncated for e in rows) for split, rows in examples.items()}
     if any(truncated.values()):
+        cut = ", ".join(f"{count} {split}" for split, count in truncated.items())
         context.log(
-            f"{truncated['train']} training and {truncated['validation']} validation rows are "
-            f"longer than {loaded.context - selection.positions} tokens allow: cut on the left"
+            f"{cut} rows are longer than {loaded.context - selection.positions} tokens allow: "
+            "cut on the left"
         )
+    if not (data.dev and job.eval_every):
+        why = "eval_every is 0" if data.dev else "dev_examples is 0"
+        context.log(f"No dev evaluations, as {why}: the last weights are kept")
     forward, reason = _choose_path(job, loaded, selection, training[:2])
     if isinstance(forward, FastForward):
-        for examples in (training, validation):
-            forward.register(examples)
+        for rows in examples.values():
+            forward.register(rows)
     scope, optimizer = make_scope(job, selection), make_optimizer(job)
     context.detail(
         path=forward.name,
@@ -76,8 +83,9 @@ def _tune(
         tuned_parameters=scope.size,
         truncated=truncated,
     )
-    try:
-        _same_as_before(run, context, _fingerprint(loaded, scope, training, validation))
+    with ExitStack() as closed:
+        closed.callback(scope.close)
+        _same_as_before(run, context, _fingerprint(loaded, scope, examples))
 
         def replayed(step: int) -> None:
             context.progress(step, job.steps, f"replaying step {step}")
@@ -89,62 +97,66 @@ def _tune(
         changed = [r["changed"] for r in records if "changed" in r]
         if progress.step:
             context.log(f"Resuming after step {progress.step}")
-        evaluations = {r["step"]: r for r in records if r["kind"] == "eval"}
+        tracking = closed.enter_context(closing(Trackers(job, run, records, context.log)))
 
-        def measure(step: int) -> None:
-            if step in evaluations:
-                return
-
-            def tick(done: int) -> None:
-                message = f"evaluating: {done} of {len(validation)} validation rows"
-                context.progress(step, job.steps, message)
-                context.check_cancelled()
-
-            size = min(CHUNK, job.batch_size)
-            result = evaluate(data.task, loaded, forward, validation, size, tick)
-            record = {"kind": "eval", "step": step, "split": "validation", **result}
+        def keep(record: dict[str, Any]) -> None:
             run.append_metrics(record)
-            evaluations[step] = record
-            context.log(
-                f"step {step}: validation {METRIC_NAMES[metric]} {result[metric]:.4f}, "
-                f"loss {result['loss']:.4f} ({result['examples']} rows)"
-            )
+            tracking.log(record)
 
-        def due(step: int) -> bool:
-            return step in {0, job.steps} or bool(job.eval_every and step % job.eval_every == 0)
+        evaluations = Evaluations(
+            job, run, context, data.task, loaded, forward, scope, examples, keep, records
+        )
+        evaluations.resume(optimizer, progress.step, records)
+
+        def saves(step: int) -> bool:
+            return step % job.checkpoint_every == 0 or step == job.steps
+
+        def looks(step: int) -> bool:
+            return saves(step) or evaluations.due(step)
 
         def on_step(record: dict[str, Any]) -> None:
             step = record["step"]
             if step > recorded:  # else a first-order step after the last checkpoint, run again
-                run.append_metrics(record)
+                keep(record)
                 if "changed" in record:
                     changed.append(record["changed"])
             context.progress(step, job.steps, f"step {step} of {job.steps}")
-            if step % job.checkpoint_every == 0 or step == job.steps:
-                save_checkpoint(run, job, scope, optimizer, step)
+            if looks(step):
+                if saves(step):
+                    save_checkpoint(run, job, scope, optimizer, step)
+                context.check_cancelled()
+                if evaluations.look(step):
+                    raise PatienceOverError
             context.check_cancelled()
-            if due(step):
-                measure(step)
 
-        def looks(step: int) -> bool:
-            return due(step) or step % job.checkpoint_every == 0
-
-        if due(progress.step):
-            measure(progress.step)
-        context.detail(before=_outcome(evaluations[0]))
+        before = evaluations.measure("validation", 0)
+        context.detail(before=before)
+        stopped = evaluations.look(progress.step)
         try:
-            train(job, loaded, forward, scope, optimizer, training, progress, on_step, looks)
+            if not stopped:
+                train(job, loaded, forward, scope, optimizer, training, progress, on_step, looks)
         except LossNotFiniteError:
             raise  # the weights have run away: the checkpoint before is the better one
+        except PatienceOverError:
+            stopped = True
         except BaseException:
             scope.restore()
             if progress.step and scope.settled:
                 save_checkpoint(run, job, scope, optimizer, progress.step)
             raise
-    finally:
-        scope.close()
+        if stopped:
+            save_checkpoint(run, job, scope, optimizer, progress.step)
+            context.log(
+                f"Stopped early at step {progress.step}: the dev loss has not improved on that of "
+                f"step {evaluations.best_step} (patience {job.patience})"
+            )
+        after = evaluations.kept(progress.step)
 
-    rate = job.steps / progress.seconds if progress.seconds else None
+    best_step, dev = evaluations.best_step, None
+    if best_step is not None:
+        dev = evaluations.measure("dev", best_step)
+    eval_seconds, eval_passes = evaluations.cost
+    rate = progress.step / progress.seconds if progress.seconds else None
     run.write_result(
         "summary.json",
         to_json(
@@ -159,17 +171,23 @@ def _tune(
                 "precision": job.precision,
                 "path": forward.name,
                 "path_reason": reason,
-                "steps": job.steps,
+                "steps": progress.step,
+                "stopped_early_at": progress.step if stopped else None,
                 "lr": job.effective_lr,
                 "seed": job.seed,
-                "metric": metric,
-                "before": _outcome(evaluations[0]),
-                "after": _outcome(evaluations[job.steps]),
+                "metric": data.task.metric,
+                "before": before,
+                "after": after,
+                "kept": evaluations.keeps,
+                "best_step": best_step,
+                "dev": dev,
                 "steps_per_second": rate,
                 "forward_passes": progress.forward_passes,
+                "eval_forward_passes": eval_passes,
                 "tuned_parameters": scope.size,
                 "changed": fmean(changed) if changed else None,
                 "seconds": round(progress.seconds, 3),
+                "eval_seconds": round(eval_seconds, 3),
                 "data": data.source,
                 "train_examples": len(training),
                 "dev_examples": len(data.dev),
@@ -181,13 +199,13 @@ def _tune(
     run.write_result("provenance.json", to_json(facts | provenance(loaded)))
 
 
-def _encode(
-    data: TaskData, loaded: LoadedModel, longest: int
-) -> tuple[list[Example], list[Example]]:
-    """Tokenised training rows, as the loss needs them, and validation rows."""
-    training = encode_rows(data.task, data.train, loaded.tokenizer, longest, training=True)
-    validation = encode_rows(data.task, data.validation, loaded.tokenizer, longest)
-    return training, validation
+def _encode(data: TaskData, loaded: LoadedModel, longest: int) -> dict[str, list[Example]]:
+    """Tokenised rows by split, those of train as the loss needs them."""
+    rows = {"train": data.train, "dev": data.dev, "validation": data.validation}
+    return {
+        split: encode_rows(data.task, part, loaded.tokenizer, longest, training=split == "train")
+        for split, part in rows.items()
+    }
 
 
 def _choose_path(
@@ -207,12 +225,12 @@ def _choose_path(
 
 
 def _fingerprint(
-    loaded: LoadedModel, scope: TunedScope, training: list[Example], validation: list[Example]
+    loaded: LoadedModel, scope: TunedScope, examples: dict[str, list[Example]]
 ) -> dict[str, str]:
     """What a resumed run must find as it was, by the name it is called in the sentence."""
     return {
-        "training rows": digest((e.label, e.rows) for e in training),
-        "validation rows": digest((e.label, e.rows) for e in validation),
+        f"{split} rows": digest((e.label, e.rows) for e in rows) for split, rows in examples.items()
+    } | {
         "dtype": loaded.dtype_name,
         "kind of device": loaded.device.type,
         "base weights": base_weights(loaded, scope),
@@ -229,7 +247,7 @@ def _same_as_before(run: Run, context: JobContext, now: dict[str, str]) -> None:
     if before is None:
         context.detail(fingerprint=now)
         return
-    changed = [name for name in now if before.get(name) != now[name]]
+    changed = [name for name in now if before.get(name, now[name]) != now[name]]
     if changed:
         raise UserError(
             f"The {' and the '.join(changed)} differ from those this run began with: restore them "
@@ -243,7 +261,3 @@ def _progress_of(records: list[dict[str, Any]], at: int) -> Progress:
         return Progress()
     last = steps[at - 1]
     return Progress(last["step"], last["seconds"], last["forward_passes"])
-
-
-def _outcome(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: record[name] for name in METRICS if name in record}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from zo_core.zo.forward import Forward
 
 METRICS = ("accuracy", "f1", "em", "f1a", "loss", "examples")
-"""Keys that an evaluation may have, in this order; it always has the last two."""
+"""What an evaluation may find, in this order; it always has the last two."""
 
 
 def evaluate(
@@ -27,6 +27,8 @@ def evaluate(
     tick: Callable[[int], None] = lambda _done: None,
 ) -> dict[str, float | int]:
     """Metrics and mean training loss of a model, with the weights as they are now.
+
+    ``forward_passes`` counts batches, and every token that a batch generates.
 
     ``accuracy`` is that of the option with the largest length-mean log-probability, with ``f1a``
     where the task has it; a task that generates has ``f1`` and ``em`` instead.
@@ -45,15 +47,23 @@ def evaluate(
     total, f1, em = 0.0, 0.0, 0.0
     predicted: list[int] = []
     labels: list[int] = []
+    passes = 0
+
+    def generated(done: int) -> None:
+        nonlocal passes
+        passes += 1
+        tick(done)
+
     for chunk in batches(len(order), batch_size):
         part = [examples[order[i]] for i in chunk]
         prepared = forward.prepare(part)
+        passes += 1
         scores = candidate_scores(forward.logits(prepared), prepared.scored)
         label = prepared.scored.label
         total += float(example_losses(scores, label, gold=task.loss == "gold").sum())
         if task.generates:
             prompts, room = [e.prompt for e in part], _room(part, loaded.context)
-            answers = generate(loaded, prompts, room, partial(tick, chunk.start))
+            answers = generate(loaded, prompts, room, partial(generated, chunk.start))
             f1 += sum(token_f1(a, e.references) for a, e in zip(answers, part, strict=True))
             em += sum(exact_match(a, e.references) for a, e in zip(answers, part, strict=True))
         else:
@@ -69,7 +79,7 @@ def evaluate(
         found["accuracy"] = right / count
     if task.positive_f1:
         found["f1a"] = positive_f1(predicted, labels)
-    return found | {"loss": total / count, "examples": count}
+    return found | {"loss": total / count, "examples": count, "forward_passes": passes}
 
 
 def _room(part: Sequence[Example], context: int) -> int:

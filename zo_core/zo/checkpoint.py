@@ -1,7 +1,7 @@
 """Tuned tensors on disk, and the way back to a run's last step."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from zo_core.zo.scope import TunedScope
 from zo_core.zo.trainer import replay
 
 NAME = "checkpoint.safetensors"
+BEST = "best.safetensors"
 STATE = "optimizer/"
 """What the names of an optimizer's tensors begin with."""
 
@@ -36,15 +37,40 @@ class Checkpoint:
 
 def save_checkpoint(run: Run, job: TuneJob, scope: TunedScope, optimizer: ZoSgd, step: int) -> None:
     """Write true weights and optimizer state in one file, replacing the checkpoint before it."""
+    state = {f"{STATE}{n}": t.detach() for n, t in optimizer.state().items()}
+    _replace(run, NAME, job, scope.master | state, step)
+
+
+def save_best(run: Run, job: TuneJob, weights: Mapping[str, torch.Tensor], step: int) -> None:
+    """Write the true weights of the best step, replacing those of the best before it."""
+    _replace(run, BEST, job, weights, step)
+
+
+def _replace(
+    run: Run, name: str, job: TuneJob, tensors: Mapping[str, torch.Tensor], step: int
+) -> None:
     metadata = {"step": str(step), "model": job.model, "scope": job.scope, "seed": str(job.seed)}
-    tensors = {name: t.cpu().contiguous() for name, t in scope.master.items()}
-    tensors |= {f"{STATE}{n}": t.detach().cpu() for n, t in optimizer.state().items()}
-    temporary = run.path / f".{NAME}"
+    temporary = run.path / f".{name}"
     try:
-        save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, run.path / NAME)
+        save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary, metadata)
+        os.replace(temporary, run.path / name)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def rebuild(
+    job: TuneJob, scope: TunedScope, optimizer: ZoSgd, steps: Sequence[dict[str, Any]]
+) -> None:
+    """Set a scope to the base weights and replay a ledger from its first step.
+
+    Args:
+        job: the run's spec.
+        scope: what was tuned.
+        optimizer: has no state yet.
+        steps: the ledger up to the step that is wanted.
+    """
+    scope.load(scope.base)
+    replay(job, scope, optimizer, steps)
 
 
 def restore_run(
@@ -97,14 +123,21 @@ def restore_run(
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """What a checkpoint file holds."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            step = int(file.metadata()["step"])
-        tensors = load_file(path)
-    except (safetensors.SafetensorError, OSError, TypeError, KeyError, ValueError):
+    step = step_of(path)
+    if step is None:
         return Checkpoint()
+    tensors = load_file(path)
     return Checkpoint(
         step,
         {n: t for n, t in tensors.items() if not n.startswith(STATE)},
         {n.removeprefix(STATE): t for n, t in tensors.items() if n.startswith(STATE)},
     )
+
+
+def step_of(path: Path) -> int | None:
+    """The step whose weights a file holds; None if there is none that can be read."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:  # finds a cut file, too
+            return int(file.metadata()["step"])
+    except (safetensors.SafetensorError, OSError, TypeError, KeyError, ValueError):
+        return None

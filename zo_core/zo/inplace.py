@@ -6,7 +6,8 @@ most small updates round away. This scope repeats that arithmetic, rounding for 
 its effect can be measured. The drift is part of the run: a replay walks through the same points.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
@@ -50,6 +51,16 @@ class InplaceScope(TunedScope):
         if point.scale:
             self.settled = False
         self._at = point
+
+    @contextmanager
+    def at_base(self) -> Iterator[None]:
+        """Within, the weights are those that the scope began with; there is no master to go by."""
+        here = self.snapshot()
+        self._set_working(self._base)
+        try:
+            yield
+        finally:
+            self._set_working(here)
 
     @torch.no_grad()
     def update(

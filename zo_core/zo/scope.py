@@ -13,7 +13,8 @@ they would be without a mask. :class:`zo_core.zo.inplace.InplaceScope` does with
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -229,6 +230,25 @@ class TunedScope:
         for coefficient, tensor in terms:
             master.add_(tensor, alpha=-lr * coefficient)
 
+    @property
+    def base(self) -> dict[str, torch.Tensor]:
+        """The true weights that the scope began with, by parameter name."""
+        return {n: t.to(self.master[n].dtype) for n, t in self._base.items()}
+
+    @contextmanager
+    def at_base(self) -> Iterator[None]:
+        """Within, the working weights are those that the scope began with."""
+        self._set_working(self._base)
+        try:
+            yield
+        finally:
+            self.restore()
+
+    @torch.no_grad()
+    def _set_working(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[name])
+
     @torch.no_grad()
     def snapshot(self) -> dict[str, torch.Tensor]:
         """A copy of the true weights, by parameter name."""
@@ -251,5 +271,4 @@ class TunedScope:
     @torch.no_grad()
     def close(self) -> None:
         """Give the model back as it was before."""
-        for name, parameter in self.parameters.items():
-            parameter.copy_(self._base[name])
+        self._set_working(self._base)
