@@ -110,8 +110,9 @@ def test_dev_points_best_step_and_early_stop_are_shown(
     run.append_metrics(outcome | {"step": 2, "split": "validation"} | after)
     summary = {"before": before, "after": after, "best_step": 2, "kept": "best", "lr": 1e-3}
     run.write_result("summary.json", json.dumps(summary | {"stopped_early_at": 4, "steps": 4}))
+    head = build_header({"step": "2"}, {"w": Stored("F32", (2,), 0, 8)})
     for name in ("best", "checkpoint"):
-        (run.path / f"{name}.safetensors").touch()
+        (run.path / f"{name}.safetensors").write_bytes(head + bytes(8))
     run.update(state="done", step=4, total=100)
     code = f"""
         from streamlit.testing.v1 import AppTest
@@ -130,8 +131,7 @@ def test_dev_points_best_step_and_early_stop_are_shown(
     assert lines[0] == "50.0 % → 62.5 %"
     assert "stopped early at step 4 of 100" in lines[1]
     assert "best dev loss 0.55 at step 2, whose weights are kept" in lines[1]
-    assert "best.safetensors" in lines[2]
-    assert "checkpoint.safetensors" in lines[2]
+    assert "Tuned tensors" in lines[2]
     assert lines[3] == "[]"
 
 

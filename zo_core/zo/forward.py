@@ -14,25 +14,20 @@ Both run the model's own modules; neither re-implements an architecture.
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from zo_core.models.decoder import hidden_of
 from zo_core.models.load import LoadedModel
-from zo_core.tasks.scoring import Scored, batches, layout
+from zo_core.tasks.scoring import Scored, layout
 from zo_core.tasks.templates import Example
+from zo_core.zo.frozen import CHUNK, FrozenLayers
 from zo_core.zo.graphs import GraphedForward, Row
 from zo_core.zo.packing import Packing, pack, packed
 from zo_core.zo.paired import NotTokenwiseError, paired
 from zo_core.zo.points import Owed, move_to, write_points
 from zo_core.zo.scope import Point, TunedScope
-
-CHUNK = 32
-"""Examples whose frozen prefix is computed together. Chunks are fixed by the order of the data, so
-a resumed run fills its cache with the same bits as an uninterrupted one."""
 
 PAIRED_SHARE = 0.25
 """Largest share of the model that is tuned with the weights of several points held side by side;
@@ -166,14 +161,12 @@ class FastForward:
         )
         self._weights: dict[str, list[torch.Tensor]] = {}
         """Weights of the tuned parameters at the points in progress; their addresses stay."""
-        self._layer = layer
-        self._chunk = chunk
-        self._budget = _default_budget(loaded.device) if budget is None else budget
-        self._chunks: dict[int, tuple[Example, ...]] = {}
-        self._cache: dict[int, torch.Tensor] = {}
+        self._frozen = FrozenLayers(loaded, layer, budget, chunk)
         self._tokenwise = True
-        self._returned = 0
-        """How many values a block returns in a tuple; 0 if it returns the hidden states alone."""
+
+    def register(self, examples: Sequence[Example]) -> None:
+        """Announce a data set; see :meth:`FrozenLayers.register`."""
+        self._frozen.register(examples)
 
     def use_graphs(self, on: bool) -> None:
         """Switch CUDA graphs off or on again; the kernels stay the same, and so do the bits."""
@@ -185,23 +178,6 @@ class FastForward:
         """What a GPU adds to this path, in words."""
         graphs = ", CUDA graphs" if self._graphed else ""
         return graphs + (", frozen blocks compiled" if self._compiled else "")
-
-    def register(self, examples: Sequence[Example]) -> None:
-        """Announce a data set whose prefixes are to be cached, if they fit the budget.
-
-        Entries are held by example, not by text: an entry's bits depend on its chunk alone, so
-        they are the same whichever batch asks first. Call once per data set, before any batch.
-        """
-        if not self._layer:
-            return
-        size = self._loaded.info.hidden_size * self._loaded.dtype.itemsize
-        need = sum(len(r) for e in examples for r in e.rows) * size
-        if need > self._budget:
-            return
-        self._budget -= need
-        for chunk in batches(len(examples), self._chunk):
-            members = tuple(examples[i] for i in chunk)
-            self._chunks.update({id(e): members for e in members})
 
     def prepare(self, examples: Sequence[Example]) -> Prepared:
         """Pack a batch and find its prefix in the cache, or compute it."""
@@ -216,7 +192,7 @@ class FastForward:
         scored = replace(
             scored, row=torch.zeros_like(scored.row), position=places[scored.row, scored.position]
         ).to(device)
-        hidden = self._prefix(examples, ids, positions, packing)
+        hidden = self._frozen.output(examples, ids, positions, packing)
         return Prepared(ids, None, scored, positions, packing, hidden)
 
     @torch.no_grad()
@@ -293,91 +269,13 @@ class FastForward:
         try:
             with (
                 packed(model, row.packing),
-                self._suffix_only(row.hidden),
+                self._frozen.skipped(row.hidden),
                 self._faster_blocks(),
                 apart,
             ):
                 return model(input_ids=row.ids, position_ids=row.positions, use_cache=False).logits
         finally:
             handle.remove()
-
-    def _prefix(
-        self,
-        examples: Sequence[Example],
-        ids: torch.Tensor,
-        positions: torch.Tensor,
-        packing: Packing,
-    ) -> torch.Tensor | None:
-        if not self._layer:
-            return None
-        if any(id(e) not in self._chunks for e in examples):
-            return self._run_prefix(ids, positions, packing)
-        for example in examples:
-            if id(example) not in self._cache:
-                self._fill(self._chunks[id(example)])
-        return torch.cat([self._cache[id(e)] for e in examples], dim=1)
-
-    def _fill(self, chunk: tuple[Example, ...]) -> None:
-        ids, positions, packing, _ = pack([e.rows for e in chunk], self._loaded.device)
-        hidden = self._run_prefix(ids, positions, packing)
-        start = 0
-        for example in chunk:
-            _, _, own, _ = pack([example.rows], torch.device("cpu"))
-            self._cache[id(example)] = hidden[:, start : start + own.tokens].clone()
-            start += own.tokens
-
-    @torch.no_grad()
-    def _run_prefix(
-        self, ids: torch.Tensor, positions: torch.Tensor, packing: Packing
-    ) -> torch.Tensor:
-        """Input of the lowest tuned layer, [1, T, H]: the model runs up to there and stops."""
-        blocks = self._loaded.decoder.blocks
-
-        def see(_module: nn.Module, _args: Any, output: object) -> None:
-            self._returned = len(output) if isinstance(output, tuple | list) else 0
-
-        def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _Reached(args[0] if args else kwargs["hidden_states"])
-
-        handles = [
-            blocks[0].register_forward_hook(see),
-            blocks[self._layer].register_forward_pre_hook(stop, with_kwargs=True),
-        ]
-        try:
-            with packed(self._loaded.model, packing):
-                self._loaded.model(input_ids=ids, position_ids=positions, use_cache=False)
-        except _Reached as reached:
-            return hidden_of(reached.hidden)
-        finally:
-            for handle in handles:
-                handle.remove()
-        raise AssertionError(f"the model never reached layer {self._layer}")
-
-    @contextmanager
-    def _suffix_only(self, hidden: torch.Tensor | None) -> Iterator[None]:
-        """Within, the model skips the frozen blocks and starts from ``hidden``."""
-        if hidden is None:
-            yield
-            return
-        blocks = self._loaded.decoder.blocks
-
-        def enter(
-            _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            if args:
-                return (hidden, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": hidden}
-
-        skip = partial(_skip, returned=self._returned)
-        for block in blocks[: self._layer]:
-            block.forward = skip
-        handle = blocks[self._layer].register_forward_pre_hook(enter, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
-            for block in blocks[: self._layer]:
-                del block.forward  # uncovers the class's own
 
     @contextmanager
     def _faster_blocks(self) -> Iterator[None]:
@@ -389,22 +287,3 @@ class FastForward:
         finally:
             for block in self._compiled:
                 del block.forward  # uncovers the class's own
-
-
-class _Reached(Exception):  # noqa: N818 - a signal, not an error
-    """Carries the hidden states out of a forward pass that need not go on."""
-
-    def __init__(self, hidden: torch.Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
-
-
-def _skip(hidden_states: torch.Tensor, *_args: Any, returned: int, **_kwargs: Any) -> object:
-    """Stand-in for a frozen block's forward."""
-    return (hidden_states, *[None] * (returned - 1)) if returned else hidden_states
-
-
-def _default_budget(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory // 5
-    return 512 * 2**20

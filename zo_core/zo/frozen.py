@@ -1,0 +1,151 @@
+"""The frozen layers below the lowest tuned one: run once per example, then remembered."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from zo_core.models.decoder import hidden_of
+from zo_core.models.load import LoadedModel
+from zo_core.tasks.scoring import batches
+from zo_core.tasks.templates import Example
+from zo_core.zo.packing import Packing, pack, packed
+
+CHUNK = 32
+"""Examples whose frozen prefix is computed together. Chunks are fixed by the order of the data, so
+a resumed run fills its cache with the same bits as an uninterrupted one."""
+
+
+class FrozenLayers:
+    """What the layers below the lowest tuned one say of every example."""
+
+    def __init__(
+        self, loaded: LoadedModel, layer: int, budget: int | None, chunk: int = CHUNK
+    ) -> None:
+        """Wrap a loaded model; arguments as of :class:`~zo_core.zo.forward.FastForward`."""
+        self._loaded = loaded
+        self._layer = layer
+        self._chunk = chunk
+        self._budget = _default_budget(loaded.device) if budget is None else budget
+        self._chunks: dict[int, tuple[Example, ...]] = {}
+        self._cache: dict[int, torch.Tensor] = {}
+        self._returned = 0
+        """How many values a block returns in a tuple; 0 if it returns the hidden states alone."""
+
+    def register(self, examples: Sequence[Example]) -> None:
+        """Announce a data set whose prefixes are to be cached, if they fit the budget.
+
+        Entries are held by example, not by text: an entry's bits depend on its chunk alone, so
+        they are the same whichever batch asks first. Call once per data set, before any batch.
+        """
+        if not self._layer:
+            return
+        size = self._loaded.info.hidden_size * self._loaded.dtype.itemsize
+        need = sum(len(r) for e in examples for r in e.rows) * size
+        if need > self._budget:
+            return
+        self._budget -= need
+        for chunk in batches(len(examples), self._chunk):
+            members = tuple(examples[i] for i in chunk)
+            self._chunks.update({id(e): members for e in members})
+
+    def output(
+        self,
+        examples: Sequence[Example],
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        packing: Packing,
+    ) -> torch.Tensor | None:
+        """Input of the lowest tuned layer, [1, T, H], for a packed batch; None for layer 0."""
+        if not self._layer:
+            return None
+        if any(id(e) not in self._chunks for e in examples):
+            return self._run_prefix(ids, positions, packing)
+        for example in examples:
+            if id(example) not in self._cache:
+                self._fill(self._chunks[id(example)])
+        return torch.cat([self._cache[id(e)] for e in examples], dim=1)
+
+    def _fill(self, chunk: tuple[Example, ...]) -> None:
+        ids, positions, packing, _ = pack([e.rows for e in chunk], self._loaded.device)
+        hidden = self._run_prefix(ids, positions, packing)
+        start = 0
+        for example in chunk:
+            _, _, own, _ = pack([example.rows], torch.device("cpu"))
+            self._cache[id(example)] = hidden[:, start : start + own.tokens].clone()
+            start += own.tokens
+
+    @torch.no_grad()
+    def _run_prefix(
+        self, ids: torch.Tensor, positions: torch.Tensor, packing: Packing
+    ) -> torch.Tensor:
+        """Input of the lowest tuned layer, [1, T, H]: the model runs up to there and stops."""
+        blocks = self._loaded.decoder.blocks
+
+        def see(_module: nn.Module, _args: Any, output: object) -> None:
+            self._returned = len(output) if isinstance(output, tuple | list) else 0
+
+        def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _Reached(args[0] if args else kwargs["hidden_states"])
+
+        handles = [
+            blocks[0].register_forward_hook(see),
+            blocks[self._layer].register_forward_pre_hook(stop, with_kwargs=True),
+        ]
+        try:
+            with packed(self._loaded.model, packing):
+                self._loaded.model(input_ids=ids, position_ids=positions, use_cache=False)
+        except _Reached as reached:
+            return hidden_of(reached.hidden)
+        finally:
+            for handle in handles:
+                handle.remove()
+        raise AssertionError(f"the model never reached layer {self._layer}")
+
+    @contextmanager
+    def skipped(self, hidden: torch.Tensor | None) -> Iterator[None]:
+        """Within, the model skips the frozen blocks and starts from ``hidden``."""
+        if hidden is None:
+            yield
+            return
+        blocks = self._loaded.decoder.blocks
+
+        def enter(
+            _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            if args:
+                return (hidden, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": hidden}
+
+        skip = partial(_skip, returned=self._returned)
+        for block in blocks[: self._layer]:
+            block.forward = skip
+        handle = blocks[self._layer].register_forward_pre_hook(enter, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+            for block in blocks[: self._layer]:
+                del block.forward  # uncovers the class's own
+
+
+class _Reached(Exception):  # noqa: N818 - a signal, not an error
+    """Carries the hidden states out of a forward pass that need not go on."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+def _skip(hidden_states: torch.Tensor, *_args: Any, returned: int, **_kwargs: Any) -> object:
+    """Stand-in for a frozen block's forward."""
+    return (hidden_states, *[None] * (returned - 1)) if returned else hidden_states
+
+
+def _default_budget(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 5
+    return 512 * 2**20
