@@ -1,4 +1,4 @@
-"""The command line: ``python -m zo_core scan|probe|tune|preview|replay|runs|bench|app``.
+"""The command line: ``python -m zo_core scan|probe|tune|compare|preview|replay|runs|bench|app``.
 
 The same job specs, engine and run store as the app. With ``--json`` the last line of stdout is one
 JSON object (keys in README.md); progress goes to stderr. Exit codes: 0 done, 1 failed, 2 bad
@@ -16,6 +16,7 @@ import typer
 
 from zo_core import backend
 from zo_core.bench.main_job import as_dict, run_bench
+from zo_core.cli import compare as compare_command
 from zo_core.cli import runs as runs_commands
 from zo_core.cli.launch import follow, launch, report, writable
 from zo_core.cli.options import with_job_options
@@ -33,6 +34,7 @@ app = typer.Typer(
     "[bold]python -m zo_core app[/bold]  opens the web app.",
 )
 app.add_typer(runs_commands.app, name="runs")
+app.command("compare")(compare_command.compare)
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")]
 Csv = Annotated[
