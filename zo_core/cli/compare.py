@@ -19,9 +19,7 @@ from zo_core.compare import store
 from zo_core.compare.driver import Snapshot, run_comparison
 from zo_core.compare.files import make_spec, read_fields
 from zo_core.compare.presets import PRESETS
-from zo_core.compare.results import collect
 from zo_core.compare.store import Comparison
-from zo_core.compare.tables import as_dict, write_tables
 from zo_core.errors import UserError
 from zo_core.runs import to_json
 
@@ -127,6 +125,10 @@ def _open(source: str | None, over: dict[str, Any], resume: str | None) -> Compa
 
 
 def _run(comparison: Comparison, as_json: bool, out: Path | None) -> None:
+    # Here, as every command would wait for pandas and scipy to be imported.
+    from zo_core.compare.results import collect
+    from zo_core.compare.tables import as_dict, write_tables
+
     typer.echo(f"comparison {comparison.comparison_id}", err=True)
     error = ""
     finished = False

@@ -256,5 +256,6 @@ def _known(given: Mapping[str, Any], names: frozenset[str]) -> None:
     unknown = sorted(set(given) - names)
     if unknown:
         raise ValueError(
-            f"has no field {', '.join(unknown)} that can be set here: choose {', '.join(sorted(names))}"
+            f"has no field {', '.join(unknown)} that can be set here: choose "
+            f"{', '.join(sorted(names))}"
         )

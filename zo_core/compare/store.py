@@ -1,8 +1,9 @@
 """The folder of a comparison: ``cache/comparisons/<id>/``.
 
-``spec.json`` is the comparison, ``command.txt`` what began it, ``cells.jsonl`` says which run filled which cell (append-only; the
-last line of a cell holds), ``table.*`` are the results. What became of a run stays in its run
-folder, so a comparison that was interrupted anywhere goes on from what is on disk.
+``spec.json`` is the comparison, ``command.txt`` what began it, ``cells.jsonl`` says which run
+filled which cell (append-only; the last line of a cell holds), ``table.*`` are the results. What
+became of a run stays in its run folder, so a comparison that was interrupted anywhere goes on from
+what is on disk.
 """
 
 import fcntl
