@@ -168,7 +168,15 @@ def test_every_page_runs_without_torch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["zo_core.backend", "zo_core.cli", "zo_core.plots", "zo_core.export", "zo_core.models.catalog"],
+    [
+        "zo_core.backend",
+        "zo_core.cli",
+        "zo_core.plots",
+        "zo_core.export",
+        "zo_core.models.catalog",
+        "zo_core.compare.driver",
+        "zo_core.compare.tables",
+    ],
 )
 def test_light_modules_stay_light(module: str, tmp_path: Path) -> None:
     code = f"import sys, {module}; print(sorted(({HEAVY!r} | {{'streamlit'}}) & set(sys.modules)))"
