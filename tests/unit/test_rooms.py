@@ -119,6 +119,17 @@ def test_lower_rooms_do_not_import_upper_ones() -> None:
         "zo_core.analysis": {"settings", "errors", "jobs", "models", "tasks", "analysis", "zo"},
         "zo_core.zo": {"settings", "errors", "jobs", "models", "tasks", "zo", "runs", "scope_spec"},
         "zo_core.plots": {"plots", "settings", "errors", "jobs", "runs", "analysis"},
+        "zo_core.compare": {
+            "settings",
+            "errors",
+            "jobs",
+            "scope_spec",
+            "runs",
+            "backend",
+            "models",
+            "export",
+            "compare",
+        },
         "zo_core.export": {"settings", "errors", "jobs", "runs"},
     }
     for file in CORE:
