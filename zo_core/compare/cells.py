@@ -133,5 +133,5 @@ def _choose(
     elif states & {FAILED}:
         reason = next(o.error for o in found if o is not None and o.state == FAILED)
     else:
-        reason = "no run of the search has a loss on dev rows: set dev_examples above 0"
+        reason = "no run of the search has a loss on dev rows: raise dev_examples and eval_every"
     return Choice(None, losses, reason)

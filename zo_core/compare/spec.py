@@ -165,12 +165,13 @@ class CompareSpec(BaseModel):
             if arm.tunes:
                 self._try_jobs(arm)
         for arm in self.arms:
-            held_out = (self.common | arm.settings).get("dev_examples")
-            if arm.tunes and len(self.grid(arm)) > 1 and held_out in (0, "0"):
-                raise ValueError(
-                    "dev_examples is 0: the learning rate is chosen on dev rows; hold some out, or "
-                    "give every arm one lr"
-                )
+            fields = self.common | arm.settings
+            for name in ("dev_examples", "eval_every"):
+                if arm.tunes and len(self.grid(arm)) > 1 and fields.get(name) in (0, "0"):
+                    raise ValueError(
+                        f"{name} is 0: the learning rate is chosen on dev rows; raise it, or give "
+                        "every arm one lr"
+                    )
         runs = len(self.tasks) * sum(
             len(self.seeds) + len(self.grid(arm)) for arm in self.arms if arm.tunes
         )
