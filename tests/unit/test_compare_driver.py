@@ -72,6 +72,7 @@ class _Engine:
                 "before": {"accuracy": 0.5, "loss": 1.0},
                 "after": {"accuracy": good, "loss": -good},
                 "resolved_scope": job.scope,
+                "layer": None,
                 "steps_per_second": 1.0,
                 "tuned_parameters": 7,
                 "forward_passes": 2 * job.steps,

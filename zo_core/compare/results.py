@@ -34,6 +34,8 @@ class Measurement:
     before: float | None = None
     """The same metric before tuning."""
     resolved_scope: str = ""
+    layer: int | None = None
+    """The layer that the scope lies in, if it lies in one."""
     dominant: int | None = None
     """The layer that the outlier rule named, if the run asked it."""
     steps_per_second: float | None = None
@@ -124,6 +126,7 @@ def _measurement(cell: Cell, outcome: Outcome | None) -> Measurement:
         loss=summary["after"].get("loss"),
         before=summary["before"].get(metric),
         resolved_scope=summary["resolved_scope"],
+        layer=summary["layer"],
         steps_per_second=summary["steps_per_second"],
         tuned_parameters=summary["tuned_parameters"],
         forward_passes=summary["forward_passes"],

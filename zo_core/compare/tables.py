@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from zo_core.compare.profile import layer_gains
 from zo_core.compare.results import Results, provenance_of
 from zo_core.compare.spec import Arm
 from zo_core.compare.stats import Paired, compare, holm, summarise
@@ -122,6 +123,7 @@ def as_dict(comparison: Comparison, results: Results) -> dict[str, Any]:
         "baseline": results.spec.baseline_arm.name,
         "arms": _records(table),
         "cells": [asdict(m) for m in results.measurements],
+        "layers": _records(layer_gains(results)),
         "search": _records(search_table(results)),
         "claims": [asdict(claim) for claim in verdict(results)],
         "provenance": _provenance(results),
