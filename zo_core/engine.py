@@ -1,4 +1,4 @@
-"""The engine process: a Dask scheduler and one worker process a device, for one owner.
+"""The engine process: a Dask scheduler and its worker processes, one a device, for one owner.
 
 ``backend`` starts it as ``python -m zo_core.engine`` with its standard input held open, reads one
 JSON line (:class:`zo_core.engine_state.EngineAddress`) from its standard output, and closes
@@ -31,6 +31,7 @@ from distributed.core import Status
 
 from zo_core.engine_state import EngineAddress
 from zo_core.runs import Process
+from zo_core.settings import settings
 
 DASK_CONFIG: dict[str, Any] = {
     # By default OMP_NUM_THREADS=1 and a 64 KiB trim threshold: both are right for a pool of small
@@ -106,17 +107,24 @@ def _torch_has_cuda() -> bool:
     return False
 
 
-def worker_specs(gpus: list[str]) -> dict[str, dict[str, str]]:
-    """Environment of every worker, by worker name."""
-    if not gpus:
-        return {"cpu": {}}
-    share = str(max(1, (os.cpu_count() or 1) // len(gpus)))
+def worker_specs(gpus: list[str], per_device: int = 1) -> dict[str, dict[str, str]]:
+    """Environment of every worker, by worker name.
+
+    Args:
+        gpus: values of CUDA_VISIBLE_DEVICES; none: the CPU is the one device.
+        per_device: workers that share a device, and the cores that are its share.
+    """
+    devices = [(f"gpu-{i}", {"CUDA_VISIBLE_DEVICES": gpu}) for i, gpu in enumerate(gpus)]
+    devices = devices or [("cpu", {})]
+    count = len(devices) * per_device
+    threads = {}
+    if gpus or per_device > 1:
+        share = str(max(1, (os.cpu_count() or 1) // count))
+        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", share)}
     return {
-        f"gpu-{i}": {
-            "CUDA_VISIBLE_DEVICES": gpu,
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", share),
-        }
-        for i, gpu in enumerate(gpus)
+        name if per_device == 1 else f"{name}-{k}": environment | threads
+        for name, environment in devices
+        for k in range(per_device)
     }
 
 
@@ -147,7 +155,7 @@ async def serve(announce: int, owner: int) -> None:
         owner: process id of the owner.
     """
     security = Security.temporary()
-    specs = worker_specs(visible_gpus())
+    specs = worker_specs(visible_gpus(), settings().workers_per_device)
     async with Scheduler(
         host="127.0.0.1",
         port=0,

@@ -303,7 +303,7 @@ def test_export_and_replay_of_the_exported_ledger(
     assert (answer["form"], answer["out"], answer["step"]) == ("tensors", str(tensors), 6)
     assert answer["bytes"] == tensors.stat().st_size
     words = cli("export", run, "--form", "ledger", "--out", ledger).expect(0).out
-    assert f"{run}: ledger of step 6 of 6 (done)" in words
+    assert f"{run}: ledger of step 6 of 6" in words
     assert str(ledger) in words
     rebuilt = tmp_path / "rebuilt.safetensors"
     again = cli("replay", "--ledger", ledger, "--out", rebuilt, "--json").expect(0).json

@@ -206,3 +206,12 @@ def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     specs = engine.worker_specs([f"GPU-{i}" for i in range(8)])
     assert specs["gpu-7"] == {"CUDA_VISIBLE_DEVICES": "GPU-7", "OMP_NUM_THREADS": "16"}
     assert engine.worker_specs([]) == {"cpu": {}}
+
+
+def test_workers_can_share_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    specs = engine.worker_specs(["GPU-a", "GPU-b"], per_device=4)
+    assert list(specs) == [f"gpu-{i}-{k}" for i in range(2) for k in range(4)]
+    assert specs["gpu-1-3"] == {"CUDA_VISIBLE_DEVICES": "GPU-b", "OMP_NUM_THREADS": "2"}
+    assert engine.worker_specs([], per_device=2)["cpu-1"] == {"OMP_NUM_THREADS": "8"}

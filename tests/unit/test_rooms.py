@@ -121,6 +121,17 @@ def test_lower_rooms_do_not_import_upper_ones() -> None:
         "zo_core.analysis": {"settings", "errors", "jobs", "models", "tasks", "analysis", "zo"},
         "zo_core.zo": {"settings", "errors", "jobs", "models", "tasks", "zo", "runs", "scope_spec"},
         "zo_core.plots": {"plots", "settings", "errors", "jobs", "runs", "analysis"},
+        "zo_core.compare": {
+            "settings",
+            "errors",
+            "jobs",
+            "scope_spec",
+            "runs",
+            "backend",
+            "models",
+            "export",
+            "compare",
+        },
         "zo_core.export": {"settings", "errors", "jobs", "runs"},
         "zo_core.artifacts": {
             *("settings", "errors", "jobs", "run_jobs", "scope_spec", "runs", "failures"),
@@ -182,6 +193,8 @@ def test_every_page_runs_without_torch(tmp_path: Path) -> None:
         "zo_core.models.catalog",
         "zo_core.artifacts.place",
         "zo_core.artifacts.card",
+        "zo_core.compare.driver",
+        "zo_core.compare.tables",
     ],
 )
 def test_light_modules_stay_light(module: str, tmp_path: Path) -> None:

@@ -28,13 +28,15 @@ from zo_core.provenance import provenance
 from zo_core.tasks.templates import Example
 from zo_core.zo.forward import FastForward
 from zo_core.zo.packing import pack
-from zo_core.zo.path import COMPILED_FROM, choose_forward
+from zo_core.zo.path import choose_forward
 from zo_core.zo.scope import TunedScope, scope_parameters
 from zo_core.zo.trainer import Progress, batch_indices, make_optimizer, train
 
 BATCH, BATCHES = 16, 8
 EPS, LR = 1e-3, 1e-9
 """The learning rate is too small to move a weight: random models must not run away."""
+STEPS_OF_A_RUN = 10_000
+"""What a run of the paper's length sets up, so does ours."""
 FIRST_STEP = 200
 """Steps before it count now and then how many weights they change; those that follow do not."""
 ROUNDS = {"cuda": 6, "cpu": 2}
@@ -154,7 +156,7 @@ class _TaskBench:
             [rows[i] for i in batch_indices(0, step, len(rows), BATCH)] for step in steps
         ]
         self._kind = loaded.device.type
-        self._job = TuneJob(scope=f"layer:{layer}", steps=COMPILED_FROM, eps=EPS, lr=LR)
+        self._job = TuneJob(scope=f"layer:{layer}", steps=STEPS_OF_A_RUN, eps=EPS, lr=LR)
 
     def run(self, source: str) -> TaskTimes:
         loaded, rounds = self._loaded, ROUNDS[self._kind]
@@ -171,7 +173,7 @@ class _TaskBench:
                 "auto",
                 self._layer,
                 self._rows[:2],
-                steps=COMPILED_FROM,
+                steps=STEPS_OF_A_RUN,
                 tuned=scope.parameters,
             )
             assert isinstance(fast, FastForward), path

@@ -1,4 +1,4 @@
-"""The command line: ``python -m zo_core scan|probe|tune|preview|replay|export|runs|bench|app``.
+"""The command line: ``python -m zo_core scan|probe|tune|compare|replay|export|runs|bench|app``.
 
 The same job specs, engine and run store as the app. With ``--json`` the last line of stdout is one
 JSON object (keys in README.md); progress goes to stderr. Exit codes: 0 done, 1 failed, 2 bad
@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from zo_core import backend
 from zo_core.bench.main_job import as_dict, run_bench
+from zo_core.cli import compare as compare_command
 from zo_core.cli import of_run
 from zo_core.cli import runs as runs_commands
 from zo_core.cli.launch import follow, launch, refuse, report, writable
@@ -39,6 +40,7 @@ app = typer.Typer(
 app.add_typer(runs_commands.app, name="runs")
 app.command()(of_run.replay)
 app.command()(of_run.export)
+app.command("compare")(compare_command.compare)
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")]
 Csv = Annotated[

@@ -33,7 +33,7 @@ def launch(fields: dict[str, Any], as_json: bool, resume: str | None = None) -> 
                     f"--resume keeps the run's own settings: leave out {', '.join(extra)}.", as_json
                 )
             return backend.resume(resume)
-        job = JOB.validate_python(_absolute(fields))
+        job = JOB.validate_python(absolute(fields))
         check(job)
         return backend.submit(job)
     except ValidationError as error:
@@ -42,7 +42,7 @@ def launch(fields: dict[str, Any], as_json: bool, resume: str | None = None) -> 
         refuse(str(error), as_json)
 
 
-def _absolute(fields: dict[str, Any]) -> dict[str, Any]:
+def absolute(fields: dict[str, Any]) -> dict[str, Any]:
     """The same fields with absolute paths: the worker may have another working directory."""
     fields = dict(fields)
     task = TASKS.get(fields.get("task", ""))

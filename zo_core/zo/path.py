@@ -10,9 +10,11 @@ from zo_core.tasks.scoring import task_loss
 from zo_core.tasks.templates import Example
 from zo_core.zo.forward import CHUNK, FastForward, Forward, ReferenceForward
 
-GRAPHS_FROM, COMPILED_FROM = 50, 300
-"""Steps from which a run on a GPU replays CUDA graphs, and compiles its frozen blocks (some ten
-seconds)."""
+GRAPHS_FROM = 50
+"""Steps from which a run on a GPU replays CUDA graphs."""
+
+COMPILED_FROM = 1e12
+"""Steps x parameters from which it compiles its frozen blocks, which takes some ten seconds."""
 
 TOLERANCE = {torch.float32: 1e-4}
 ROUNDED_TOLERANCE = 5e-2
@@ -51,7 +53,7 @@ def choose_forward(
         layer or 0,
         chunk=chunk,
         graphs=graphs and steps >= GRAPHS_FROM,
-        compiled=graphs and steps >= COMPILED_FROM,
+        compiled=graphs and steps * loaded.info.parameters >= COMPILED_FROM,
         tuned=tuned,
     )
     reason = "no padding, logits only where scored"

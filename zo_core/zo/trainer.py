@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from zo_core.errors import UserError
+from zo_core.errors import NOT_FINITE, UserError
 from zo_core.jobs import TuneJob
 from zo_core.models.load import LoadedModel
 from zo_core.tasks.scoring import batches
@@ -267,7 +267,7 @@ def _check_finite(scope: TunedScope, step: int, values: Sequence[float]) -> None
     if not all(map(math.isfinite, values)):
         scope.restore()
         raise LossNotFiniteError(
-            f"The loss is not finite at step {step} (losses and g: "
+            f"{NOT_FINITE} at step {step} (losses and g: "
             f"{', '.join(f'{v:g}' for v in values[:6])}): lower lr or eps. The last checkpoint is "
             f"kept, and the ledger up to step {step - 1}."
         )

@@ -1,0 +1,117 @@
+"""``python -m zo_core compare`` on the real engine: interrupted half-way and resumed."""
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from tests.integration.conftest import CommandLine
+
+pytestmark = pytest.mark.timeout(300)
+SPEC = """
+title: two arms
+seeds: [0, 1]
+steps: 5
+batch_size: 2
+train_examples: 16
+eval_examples: 8
+dev_examples: 8
+lr_factors: [1]
+evaluations: 1
+arms:
+  - {name: zero-shot, scope: zero-shot}
+  - {name: late, scope: "layer:15"}
+  - {name: dominant, scope: "layer:auto", noise: rademacher}
+"""
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> CommandLine:
+    """A command line with an engine of its own: one that ends with it."""
+    return CommandLine(tmp_path / "cache", {"ZO_WORKERS_PER_DEVICE": "2"})
+
+
+def cells(command: CommandLine) -> list[dict[str, Any]]:
+    """The records of the one comparison there is."""
+    (file,) = (command.cache / "comparisons").glob("*/cells.jsonl")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def done(command: CommandLine) -> set[str]:
+    """Runs that are done."""
+    return {i for i in command.ids() if command.run(i).stored_state() == "done"}
+
+
+def test_interrupted_half_way_and_resumed_it_repeats_nothing(
+    alone: CommandLine, tmp_path: Path
+) -> None:
+    file, out = tmp_path / "spec.yaml", tmp_path / "out"
+    file.write_text(SPEC)
+    process = alone.start("compare", file, "--json")
+    end = time.monotonic() + 120
+    while not done(alone) and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    first = alone.end(process).expect(130)
+    assert first.json["state"] == "cancelled"
+    assert "compare --resume" in first.err
+    kept = {i: (alone.run(i).path / "status.json").read_text() for i in done(alone)}
+    assert 1 <= len(kept) < 4, "interrupted half-way"
+
+    name = first.json["comparison_id"]
+    answer = alone("compare", "--resume", name, "--json", "--out", out).expect(0).json
+    assert answer["state"] == "done"
+    for run_id, status in kept.items():
+        assert (alone.run(run_id).path / "status.json").read_text() == status, "run again"
+    records = cells(alone)
+    assert len(records) == len({r["cell"] for r in records}) == len(alone.ids()) == 4
+    assert {(m["arm"], m["seed"]) for m in answer["cells"] if m["state"] == "done"} == {
+        (arm, seed) for arm in ("zero-shot", "late", "dominant") for seed in (0, 1)
+    }
+    assert answer["dominant"] == 3
+    for record in answer["cells"]:
+        if record["arm"] != "zero-shot":
+            job = alone.run(record["run_id"]).job
+            assert (job.steps, record["forward_passes"], job.batch_size) == (5, 10, 2)
+            assert job.noise == ("rademacher" if record["arm"] == "dominant" else "gaussian")
+    assert len({alone.run(i).status().process.pid for i in alone.ids()}) > 1, "both workers work"
+
+    table = pd.read_csv(out / "table.csv")
+    assert list(table["arm"]) == ["zero-shot", "late", "dominant"]
+    assert json.loads((out / "table.json").read_text())["arms"] == answer["arms"]
+    assert "CPU" in (out / "table.md").read_text() or "NVIDIA" in (out / "table.md").read_text()
+
+    again = alone("compare", "--resume", name, "--json").expect(0).json
+    assert again["arms"] == answer["arms"], "the same table"
+    assert again["cells"] == answer["cells"]
+    assert len(alone.ids()) == 4
+
+
+BAD_INPUT = [
+    ((), "Name a preset (quick, paper, falsify, layers, scopes) or a YAML file"),
+    (("quickly",), "'quickly' is no preset and no file"),
+    (("quick", "--seeds", "0,x"), "seeds is 'x': input should be a valid integer"),
+    (("quick", "--steps", 0), "steps is '0': input should be greater than or equal to 1"),
+    (("quick", "--task", "sst3"), "'sst3' is unknown: choose one of reviews, sst2"),
+    (("quick", "--set", "batch_size"), "write --set batch_size=4"),
+    (("quick", "--set", "colour=red"), "colour is not a field"),
+    (("quick", "--set", "alpha=2"), "alpha is '2': input should be less than 0.5"),
+    (("--resume", "nothing"), "No comparison 'nothing'"),
+    (("quick", "--resume", "x", "--seeds", "1"), "leave out quick, seeds"),
+    (("layers", "--model", "/nowhere/at/all"), "no folder '/nowhere/at/all' here"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD_INPUT)
+def test_bad_input_exits_with_2_before_anything_starts(
+    tmp_path: Path, arguments: tuple[object, ...], words: str
+) -> None:
+    command = CommandLine(tmp_path)
+    answer = command("compare", *arguments, "--json").expect(2)
+    assert words in answer.json["error"]
+    assert not (tmp_path / "comparisons").exists()
+    assert not (tmp_path / "engine").exists()
