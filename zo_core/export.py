@@ -3,11 +3,12 @@
 import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import plotly.graph_objects as go
-import plotly.io
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
@@ -64,7 +65,7 @@ def metrics_table(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 def html_bytes(
     title: str,
-    figures: Sequence[tuple[str, go.Figure]],
+    figures: Sequence[tuple[str, "go.Figure"]],
     notes: Sequence[str] = (),
     command: str = "",
 ) -> bytes:
@@ -76,6 +77,10 @@ def html_bytes(
         notes: paragraphs above the figures, plain text.
         command: the command line that gives the same run.
     """
+    # Here, as tables need no figures, and a GPU worker may have no plotly.
+    import plotly.graph_objects as go
+    import plotly.io
+
     parts = [f"<p>{html.escape(note)}</p>" for note in notes]
     if command:
         parts.append(f"<pre>{html.escape(command)}</pre>")
