@@ -243,7 +243,8 @@ class GraphedForward:
             return
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._device)
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Of this thread only: the worker's own asks for free memory meanwhile, which would end it.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             slots.output = self._run(slots.row)
         slots.graph = graph
 
