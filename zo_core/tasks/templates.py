@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from zo_core.errors import UserError
 from zo_core.tasks.catalog import TaskInfo
-from zo_core.tasks.prompts import Row
+from zo_core.tasks.prompts import Rendered, Row
 
 NEW_TOKENS = 50
 """Longest generated answer; at most half the context."""
@@ -69,7 +69,15 @@ def encode_rows(
     training: bool = False,
 ) -> list[Example]:
     """Render and tokenise rows; with ``training``, as the task's loss needs them."""
-    examples = [encode(task, row, tokenizer, context) for row in rows]
+    shown = [task.render(row) for row in rows]
+    texts = [s.prompt + text for s in shown for text in ("", *s.continuations)]
+    tokens = iter(_tokens(texts, tokenizer))  # one call: each costs more than its tokens
+    examples = [
+        _example(
+            task, s, [next(tokens) for _ in range(1 + len(s.continuations))], tokenizer, context
+        )
+        for s in shown
+    ]
     return [e.gold for e in examples] if training and task.loss == "gold" else examples
 
 
@@ -87,10 +95,21 @@ def encode(task: TaskInfo, row: Row, tokenizer: PreTrainedTokenizerBase, context
             not fit the context.
     """
     shown = task.render(row)
-    prefix = _tokens(shown.prompt, tokenizer)
+    texts = [shown.prompt + text for text in ("", *shown.continuations)]
+    return _example(task, shown, _tokens(texts, tokenizer), tokenizer, context)
+
+
+def _example(
+    task: TaskInfo,
+    shown: Rendered,
+    tokenised: Sequence[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+) -> Example:
+    """An example from the tokens of its prompt, and of its prompt with each option."""
+    prefix, *whole = tokenised
     found = []
-    for option, text in zip(shown.options, shown.continuations, strict=True):
-        tokens = _tokens(shown.prompt + text, tokenizer)
+    for option, tokens in zip(shown.options, whole, strict=True):
         start = _common(prefix, tokens)
         if start == len(tokens):
             raise UserError(
@@ -152,9 +171,11 @@ def _check_different(
             )
 
 
-def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens without the EOS or SEP that some tokenizers close a text with."""
+def _tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Tokens of each text, without the EOS or SEP that some tokenizers close a text with."""
+    if not texts:
+        return []
     # Not verbose: a text longer than the context is cut later, and counted.
-    tokens: list[int] = tokenizer(text, verbose=False)["input_ids"]
-    special = {tokenizer.eos_token_id, tokenizer.sep_token_id}
-    return tokens[:-1] if tokens and tokens[-1] in special - {None} else tokens
+    found: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"]
+    special = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
+    return [t[:-1] if t and t[-1] in special else t for t in found]
