@@ -43,7 +43,9 @@ def cells(command: CommandLine) -> list[dict[str, Any]]:
 
 def done(command: CommandLine) -> set[str]:
     """Runs that are done."""
-    return {i for i in command.ids() if command.run(i).stored_state() == "done"}
+    # A run's folder is there a moment before its status.
+    there = [r for r in map(command.run, command.ids()) if (r.path / "status.json").is_file()]
+    return {r.run_id for r in there if r.stored_state() == "done"}
 
 
 def test_interrupted_half_way_and_resumed_it_repeats_nothing(
