@@ -13,9 +13,6 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-WIDTH = {"gaussian": 4, "rademacher": 128}
-"""Values that one Philox counter gives."""
-
 BLOCK = 1024
 """Values a program makes: 256 counters of Gaussian noise, 8 of Rademacher."""
 
