@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.unit import families
 from zo_core import runs
 from zo_core.errors import MemoryExhaustedError
 from zo_core.failures import describe
@@ -42,6 +43,13 @@ def _own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings(), "cache_dir", tmp_path)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _tiny(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A tiny random model in place of the bundled one, which would take minutes here."""
+    folder = families.save(families.build("llama"), tmp_path_factory.mktemp("llama"))
+    SMALL["model"] = str(folder)
+
+
 def go(job: TuneJob, run: Run | None = None) -> Run:
     """Run a job here, as the worker does."""
     run = run or runs.create(job, None)
@@ -52,7 +60,7 @@ def go(job: TuneJob, run: Run | None = None) -> Run:
 
 @contextmanager
 def room_for(tokens: int) -> Iterator[None]:
-    """Within, the last block of the bundled model refuses more tokens than this."""
+    """Within, the last block of the model refuses more tokens than this."""
     block = resident.acquire(TuneJob(**SMALL), lambda _line: None).decoder.blocks[-1]
 
     def refuse(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -107,7 +115,7 @@ def tokens_of_a_step(job: TuneJob) -> int:
     ids=["fast", "accumulate", "inplace", "adamw"],
 )
 def test_the_batch_is_split_and_the_run_goes_on(fields: dict[str, Any]) -> None:
-    """The messages in their order; the ledger of the whole batch, to rounding; resume to the bit."""
+    """Messages in their order; the ledger of the whole batch, to rounding; resume to the bit."""
     job = TuneJob(**(SMALL | fields))
     whole = go(job)
     room = tokens_of_a_step(job.model_copy(update={"steps": 2})) * 2 // 3
