@@ -1,4 +1,4 @@
-"""The one exception whose text is meant for the user."""
+"""Exceptions whose text is meant for the user."""
 
 NOT_FINITE = "The loss is not finite"
 """How the sentence of a run begins whose loss became NaN or infinite."""
@@ -6,3 +6,7 @@ NOT_FINITE = "The loss is not finite"
 
 class UserError(Exception):
     """An error whose text is a plain sentence that names the problem and the fix."""
+
+
+class MemoryExhaustedError(UserError):
+    """The device has too little memory, whatever is given up."""

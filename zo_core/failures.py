@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from zo_core.errors import UserError
+from zo_core.errors import MemoryExhaustedError, UserError
 from zo_core.jobs import explain
 
 _NEEDED = re.compile(r"Tried to allocate ([\d.]+ \w+)")
@@ -47,7 +47,7 @@ def disk_sentence(error: OSError) -> str | None:
 def describe(error: BaseException) -> Failure:
     """The failure that an exception of a recipe stands for."""
     if isinstance(error, UserError):
-        return Failure(str(error))
+        return Failure(str(error), out_of_memory=isinstance(error, MemoryExhaustedError))
     if isinstance(error, ValidationError):
         return Failure(explain(error))
     text = str(error)

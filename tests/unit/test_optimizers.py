@@ -275,7 +275,7 @@ def test_adamw_lowers_the_loss_of_a_model(tiny: LoadedModel, text: str, lr: floa
     scope = TunedScope(selection.parameters, selection.masks)
     forward = ReferenceForward(tiny)
     prepared = forward.prepare(examples)
-    _, gradients = gradients_of(tiny, forward, [prepared], scope)
+    _, gradients = gradients_of(tiny, forward, [prepared], scope, len(examples))
     tensors = list(scope.parameters.values())
     for p in tensors:
         p.requires_grad_(True)

@@ -27,6 +27,7 @@ from zo_core.zo.checkpoint import BEST, read_checkpoint, rebuild, save_best, ste
 from zo_core.zo.first_order import AdamW
 from zo_core.zo.forward import CHUNK, Forward
 from zo_core.zo.optimizers import ZoSgd
+from zo_core.zo.out_of_memory import MemoryLadder
 from zo_core.zo.scope import TunedScope
 from zo_core.zo.trainer import make_optimizer
 
@@ -44,6 +45,7 @@ class Evaluations:
         task: TaskInfo,
         loaded: LoadedModel,
         forward: Forward,
+        ladder: MemoryLadder,
         scope: TunedScope,
         examples: Mapping[str, Sequence[Example]],
         keep: Callable[[dict[str, Any]], None],
@@ -58,6 +60,7 @@ class Evaluations:
             task: says how rows are evaluated.
             loaded: the model.
             forward: the path that scores.
+            ladder: says how many examples it can take.
             scope: what is tuned.
             examples: split -> rows; no dev rows mean no dev evaluation.
             keep: receives every new record.
@@ -65,6 +68,7 @@ class Evaluations:
         """
         self._job, self._run, self._context, self._task = job, run, context, task
         self._loaded, self._forward, self._scope = loaded, forward, scope
+        self._ladder = ladder
         self._examples, self._keep = examples, keep
         self._known = {(r["split"], r["step"]): r for r in records if r["kind"] == "eval"}
         self._at = 0
@@ -137,10 +141,14 @@ class Evaluations:
                 self._context.check_cancelled()
 
             began = time.perf_counter()
-            size = min(CHUNK, self._job.batch_size)
             away = step == 0 and self._at > 0
-            with self._scope.at_base() if away else nullcontext():
-                found = evaluate(self._task, self._loaded, self._forward, rows, size, tick)
+
+            def attempt() -> dict[str, float | int]:
+                size = min(CHUNK, self._job.batch_size, self._ladder.micro_batch)
+                with self._scope.at_base() if away else nullcontext():
+                    return evaluate(self._task, self._loaded, self._forward, rows, size, tick)
+
+            found = self._ladder.hold(attempt, lambda: self._at)
             passes = found.pop("forward_passes")
             record = {"kind": "eval", "step": step, "split": split, **found}
             record["eval_seconds"] = round(time.perf_counter() - began, 4)

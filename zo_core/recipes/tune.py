@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from zo_core import trackers
-from zo_core.errors import UserError
+from zo_core.errors import MemoryExhaustedError, UserError
 from zo_core.jobs import TuneJob
 from zo_core.models.load import LoadedModel
 from zo_core.progress import JobContext
@@ -20,6 +20,7 @@ from zo_core.trackers import Trackers
 from zo_core.zo.checkpoint import restore_run, save_checkpoint
 from zo_core.zo.fingerprint import base_weights, digest
 from zo_core.zo.forward import CHUNK, FastForward, Forward, ReferenceForward
+from zo_core.zo.out_of_memory import MemoryLadder
 from zo_core.zo.path import choose_forward
 from zo_core.zo.scope import TunedScope
 from zo_core.zo.scopes import Selection, select
@@ -103,8 +104,9 @@ def _tune(
             run.append_metrics(record)
             tracking.log(record)
 
+        ladder = _ladder(job, run, context, forward)
         evaluations = Evaluations(
-            job, run, context, data.task, loaded, forward, scope, examples, keep, records
+            job, run, context, data.task, loaded, forward, ladder, scope, examples, keep, records
         )
         evaluations.resume(optimizer, progress.step, records)
 
@@ -129,14 +131,29 @@ def _tune(
                     raise PatienceOverError
             context.check_cancelled()
 
+        def steps() -> None:
+            train(
+                *(job, loaded, forward, scope, optimizer, training, progress, on_step, looks),
+                ladder.micro_batch,
+            )
+
+        def come_back() -> None:
+            """As a resumed run does: a step that broke off may have moved some of the weights."""
+            nonlocal progress, recorded
+            optimizer.load({})
+            scope.load(scope.base)
+            records, at = restore_run(run, job, scope, optimizer, replayed)
+            progress = _progress_of(records, at)
+            recorded = max((r["step"] for r in records), default=0)
+
         before = evaluations.measure("validation", 0)
         context.detail(before=before)
         stopped = evaluations.look(progress.step)
         try:
             if not stopped:
-                train(job, loaded, forward, scope, optimizer, training, progress, on_step, looks)
-        except LossNotFiniteError:
-            raise  # the weights have run away: the checkpoint before is the better one
+                ladder.hold(steps, lambda: progress.step + 1, come_back)
+        except (LossNotFiniteError, MemoryExhaustedError):
+            raise  # the weights have run away, or half of a step: the checkpoint is the better one
         except PatienceOverError:
             stopped = True
         except BaseException:
@@ -222,6 +239,19 @@ def _choose_path(
         steps=job.steps,
         tuned=selection.parameters,
     )
+
+
+def _ladder(job: TuneJob, run: Run, context: JobContext, forward: Forward) -> MemoryLadder:
+    """Where an interrupted run stood, or the highest rung; every rung is kept with the run."""
+    known = run.status().details
+    sentences: list[str] = list(known.get("out_of_memory", []))
+
+    def said(sentence: str, micro_batch: int) -> None:
+        sentences.append(sentence)
+        context.detail(out_of_memory=sentences, micro_batch=micro_batch)
+        context.log(sentence)
+
+    return MemoryLadder(forward, job.batch_size, said, known.get("micro_batch"))
 
 
 def _fingerprint(

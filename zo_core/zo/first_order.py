@@ -47,7 +47,11 @@ class AdamW(WithMoments):
 
 
 def gradients_of(
-    loaded: LoadedModel, forward: Forward, batch: Sequence[Prepared], scope: TunedScope
+    loaded: LoadedModel,
+    forward: Forward,
+    batch: Sequence[Prepared],
+    scope: TunedScope,
+    rows: int,
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and its gradient at the working weights, blocks recomputed in the backward pass.
 
@@ -56,11 +60,11 @@ def gradients_of(
         forward: the reference path.
         batch: the micro-batches; the loss is the mean over all their rows.
         scope: what is tuned.
+        rows: how many examples they hold together.
 
     Returns:
         (loss in nats, name -> float32 gradient, 0 outside masks).
     """
-    rows = sum(len(p.scored.label) for p in batch)
     total = 0.0
     with _tracked(scope), recomputed(loaded.decoder.blocks), torch.enable_grad():
         for prepared in batch:

@@ -66,6 +66,16 @@ class Forward(Protocol):
     ) -> list[torch.Tensor]:
         """Logits [U, V] at every point; the working weights are left in an unspecified state."""
 
+    def give_up(self) -> str | None:
+        """Free device memory for good without changing a bit of what is computed.
+
+        Returns:
+            What was given up, in words; None if there is nothing left.
+        """
+
+    def limit(self, examples: int) -> None:
+        """Hear that no forward pass will hold more examples than this."""
+
 
 def _one_by_one(
     forward: Forward, prepared: Prepared, scope: TunedScope, points: Sequence[Point]
@@ -119,6 +129,13 @@ class ReferenceForward:
         """Logits [U, V] at every point, one forward pass each."""
         return _one_by_one(self, prepared, scope, points)
 
+    def give_up(self) -> str | None:
+        """Nothing is held between two passes."""
+        return None
+
+    def limit(self, examples: int) -> None:
+        """A pass holds what it is given."""
+
 
 class FastForward:
     """Frozen prefix cached, no padding, shared suffix, logits at scored places only."""
@@ -167,6 +184,18 @@ class FastForward:
     def register(self, examples: Sequence[Example]) -> None:
         """Announce a data set; see :meth:`FrozenLayers.register`."""
         self._frozen.register(examples)
+
+    def give_up(self) -> str | None:
+        """The prefix cache in two steps, then the CUDA graphs with their static tensors."""
+        if (given_up := self._frozen.give_up()) is not None:
+            return given_up
+        if self._graphed is not None and self._graphed.release():
+            return "CUDA graphs given up"
+        return None
+
+    def limit(self, examples: int) -> None:
+        """Compute the prefixes of so many examples together at most, too."""
+        self._frozen.limit(examples)
 
     def use_graphs(self, on: bool) -> None:
         """Switch CUDA graphs off or on again; the kernels stay the same, and so do the bits."""

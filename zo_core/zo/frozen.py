@@ -31,7 +31,9 @@ class FrozenLayers:
         self._chunk = chunk
         self._budget = _default_budget(loaded.device) if budget is None else budget
         self._chunks: dict[int, tuple[Example, ...]] = {}
+        self._sets: list[Sequence[Example]] = []
         self._cache: dict[int, torch.Tensor] = {}
+        self._emptied = self._on_host = False
         self._returned = 0
         """How many values a block returns in a tuple; 0 if it returns the hidden states alone."""
 
@@ -48,9 +50,38 @@ class FrozenLayers:
         if need > self._budget:
             return
         self._budget -= need
+        self._sets.append(examples)
+        self._divide(examples)
+
+    def _divide(self, examples: Sequence[Example]) -> None:
         for chunk in batches(len(examples), self._chunk):
             members = tuple(examples[i] for i in chunk)
             self._chunks.update({id(e): members for e in members})
+
+    def limit(self, examples: int) -> None:
+        """Compute the prefixes of at most so many examples together, also those known already."""
+        if examples >= self._chunk:
+            return
+        self._chunk = examples
+        self._cache.clear()
+        for known in self._sets:
+            self._divide(known)
+
+    def give_up(self) -> str | None:
+        """Free device memory; what was given up, in words, or None if nothing is left to give.
+
+        First the entries go, to be made again as they are asked for; then they live on the host.
+        They are the same bits wherever they are, however often they are made.
+        """
+        if self._on_host or not self._chunks:
+            return None
+        if self._cache and not self._emptied:
+            self._emptied = True
+            self._cache.clear()
+            return "prefix cache emptied"
+        self._on_host = True
+        self._cache = {which: self._kept(hidden) for which, hidden in self._cache.items()}
+        return "prefix cache moved to host memory"
 
     def output(
         self,
@@ -67,7 +98,9 @@ class FrozenLayers:
         for example in examples:
             if id(example) not in self._cache:
                 self._fill(self._chunks[id(example)])
-        return torch.cat([self._cache[id(e)] for e in examples], dim=1)
+        device = self._loaded.device
+        parts = [self._cache[id(e)].to(device, non_blocking=True) for e in examples]
+        return torch.cat(parts, dim=1)
 
     def _fill(self, chunk: tuple[Example, ...]) -> None:
         ids, positions, packing, _ = pack([e.rows for e in chunk], self._loaded.device)
@@ -75,8 +108,15 @@ class FrozenLayers:
         start = 0
         for example in chunk:
             _, _, own, _ = pack([example.rows], torch.device("cpu"))
-            self._cache[id(example)] = hidden[:, start : start + own.tokens].clone()
+            self._cache[id(example)] = self._kept(hidden[:, start : start + own.tokens])
             start += own.tokens
+
+    def _kept(self, hidden: torch.Tensor) -> torch.Tensor:
+        """A copy for the cache, on the device or in host memory that the device reads directly."""
+        if not self._on_host:
+            return hidden.clone()
+        pinned = self._loaded.device.type == "cuda"
+        return torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=pinned).copy_(hidden)
 
     @torch.no_grad()
     def _run_prefix(

@@ -112,6 +112,12 @@ class GraphedForward:
         self.capture = True
         """Whether graphs are used; off, the same buckets run launch by launch."""
 
+    def release(self) -> bool:
+        """Give up graphs and static tensors for good; whether there were any to give up."""
+        self.capture, had = False, self.capture
+        self._slots.clear()
+        return had
+
     @property
     def graphs(self) -> int:
         """How many graphs have been captured."""
@@ -140,7 +146,9 @@ class GraphedForward:
         bucket = self._bucket(ids.shape[1], count, hidden is not None, packing, copies)
         slots = self._slots.get(bucket)
         if slots is None:
-            slots = self._slots[bucket] = self._allocate(bucket)
+            slots = self._allocate(bucket)
+            if self.capture:
+                self._slots[bucket] = slots
         self._fill(slots, bucket, ids, positions, places, hidden, packing)
         slots.seen += 1
         if slots.graph is None and self.capture and slots.seen >= CAPTURE_AT:
@@ -243,9 +251,25 @@ class GraphedForward:
             return
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._device)
-        # Of this thread only: the worker's own asks for free memory meanwhile, which would end it.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            slots.output = self._run(slots.row)
+        full: list[str] = []
+        try:
+            # Leaving a capture that failed raises before it goes back to this stream.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(self._device)),
+                # Of this thread only: the worker's own asks for free memory meanwhile, which would
+                # end it.
+                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+            ):
+                try:
+                    slots.output = self._run(slots.row)
+                except torch.OutOfMemoryError as error:
+                    full.append(str(error))
+                    raise
+        except RuntimeError as error:
+            if not full:
+                raise
+            # Whatever the broken capture complains of: this is why it broke.
+            raise torch.OutOfMemoryError(full[0]) from error
         slots.graph = graph
 
 

@@ -1,25 +1,19 @@
 """Which forward path a job takes, and why."""
 
-import math
 from collections.abc import Collection, Sequence
 
 import torch
 
 from zo_core.models.load import LoadedModel
-from zo_core.tasks.scoring import task_loss
 from zo_core.tasks.templates import Example
 from zo_core.zo.forward import CHUNK, FastForward, Forward, ReferenceForward
+from zo_core.zo.rounding import distance
 
 GRAPHS_FROM = 50
 """Steps from which a run on a GPU replays CUDA graphs."""
 
 COMPILED_FROM = 1e12
 """Steps x parameters from which it compiles its frozen blocks, which takes some ten seconds."""
-
-TOLERANCE = {torch.float32: 1e-4}
-ROUNDED_TOLERANCE = 5e-2
-"""How far the losses of both paths may be apart, in nats: two bf16 forward passes that add in
-another order differ by about the rounding of a logit, 2**-8 of some 10 nats."""
 
 
 def choose_forward(
@@ -62,7 +56,13 @@ def choose_forward(
     reason += fast.extras
     if path == "fast":
         return fast, reason
-    objection = _objection(loaded, fast, examples)
+    try:
+        objection = _objection(loaded, fast, examples)
+    except torch.OutOfMemoryError:
+        return (
+            fast,
+            f"{reason}; not compared with the reference path, which memory is too short for",
+        )
     return (ReferenceForward(loaded), objection) if objection else (fast, reason)
 
 
@@ -70,17 +70,13 @@ def _objection(loaded: LoadedModel, fast: FastForward, examples: Sequence[Exampl
     """Why the fast path is not taken; None if there is no reason."""
     if not getattr(loaded.model, "_supports_attention_backend", False):
         return f"the attention of {type(loaded.model).__name__} cannot be packed"
-    losses = []
-    for path in (fast, ReferenceForward(loaded)):
-        try:
-            prepared = path.prepare(examples)
-            losses.append(float(task_loss(path.logits(prepared), prepared.scored)))
-        except NotImplementedError as error:
-            return str(error)
-    tolerance = TOLERANCE.get(loaded.dtype, ROUNDED_TOLERANCE)
-    if math.isclose(*losses, rel_tol=tolerance, abs_tol=tolerance):
+    try:
+        apart, bound = distance(loaded, fast, examples)
+    except NotImplementedError as error:
+        return str(error)
+    if apart <= bound:
         return None
     return (
-        f"the fast path disagrees on this family ({losses[0]:.5f}, reference {losses[1]:.5f}): "
-        "please report it"
+        f"the fast path disagrees on this family (log-probabilities {apart:.2g} apart, rounding "
+        f"explains {bound:.2g}): please report it"
     )

@@ -232,8 +232,8 @@ class TunedScope:
 
     @property
     def base(self) -> dict[str, torch.Tensor]:
-        """The true weights that the scope began with, by parameter name."""
-        return {n: t.to(self.master[n].dtype) for n, t in self._base.items()}
+        """The true weights that the scope began with, by parameter name, in host memory."""
+        return {n: t.cpu().to(self.master[n].dtype) for n, t in self._base.items()}
 
     @contextmanager
     def at_base(self) -> Iterator[None]:

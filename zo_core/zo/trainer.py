@@ -90,6 +90,7 @@ def train(
     progress: Progress,
     on_step: Callable[[dict[str, Any]], None],
     looks: Callable[[int], bool] = lambda _step: True,
+    micro_batch: int | None = None,
 ) -> None:
     """Run the steps that are left.
 
@@ -104,26 +105,44 @@ def train(
         on_step: receives every ledger record once its update is applied; may raise to stop.
         looks: whether ``on_step`` looks at the weights of a step, or needs them to stay. On a GPU
             further steps are queued behind those where it does not.
+        micro_batch: most examples that a forward pass may hold; None: ``batch_size``. Losses are
+            means over the whole batch all the same.
 
     Raises:
         LossNotFiniteError: see the class.
     """
-    if isinstance(forward, FastForward) and FusedSteps.apply_to(job, scope):
+    most = min(job.batch_size, micro_batch or job.batch_size)
+    whole = most == job.batch_size
+    if whole and isinstance(forward, FastForward) and FusedSteps.apply_to(job, scope):
         _train_queued(job, forward, scope, examples, progress, on_step, looks)
         return
     while progress.step < job.steps:
         began = time.perf_counter()
         step = progress.step + 1
         rows = batch_indices(job.seed, step, len(examples), job.batch_size * job.accumulate)
-        batch = [
-            forward.prepare([examples[rows[i]] for i in part])
-            for part in batches(len(rows), job.batch_size)
-        ]
+        batch = _MicroBatches(forward, [examples[i] for i in rows], most)
         if isinstance(optimizer, AdamW):
             found, passes = _first_order_step(job, loaded, forward, scope, optimizer, batch, step)
         else:
             found, passes = _zeroth_order_step(job, forward, scope, optimizer, batch, step)
+        passes *= -(-len(rows) // job.batch_size)  # a pass that is split still counts once
         on_step(_advance(progress, step, time.perf_counter() - began, passes, found))
+
+
+class _MicroBatches(Sequence[Prepared]):
+    """The micro-batches of a step. Of several, one at a time is laid out on the device."""
+
+    def __init__(self, forward: Forward, examples: Sequence[Example], most: int) -> None:
+        self._forward, self.rows = forward, len(examples)
+        self._parts = [[examples[i] for i in part] for part in batches(len(examples), most)]
+        self._only = forward.prepare(self._parts[0]) if len(self._parts) == 1 else None
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __getitem__(self, which: Any) -> Any:
+        part = self._parts[which]
+        return self._only or self._forward.prepare(part)
 
 
 def _advance(
@@ -203,7 +222,7 @@ def _zeroth_order_step(
     batch: Sequence[Prepared],
     step: int,
 ) -> tuple[dict[str, Any], int]:
-    """Estimate, update, and what the ledger keeps of it; the number of forward passes."""
+    """Estimate, update, and what the ledger keeps of it; the forward passes of a micro-batch."""
     draws = draws_of(job, step)
     found = estimate(
         forward, batch, scope, draws, job.eps, job.estimator, with_base=optimizer.conservative
@@ -234,7 +253,7 @@ def _zeroth_order_step(
             scope.load(saved)
     if changed is not None:
         record["changed"] = changed / scope.size
-    return record, passes * len(batch)
+    return record, passes
 
 
 def _first_order_step(
@@ -243,11 +262,11 @@ def _first_order_step(
     forward: Forward,
     scope: TunedScope,
     optimizer: AdamW,
-    batch: Sequence[Prepared],
+    batch: "_MicroBatches",
     step: int,
 ) -> tuple[dict[str, Any], int]:
-    """Gradient, update, and what the metrics keep of it; the number of forward passes."""
-    loss, gradients = gradients_of(loaded, forward, batch, scope)
+    """Gradient, update, and what the metrics keep of it; the forward passes of a micro-batch."""
+    loss, gradients = gradients_of(loaded, forward, batch, scope, batch.rows)
     norm = math.sqrt(sum(float(d.square().sum(dtype=torch.float64)) for d in gradients.values()))
     _check_finite(scope, step, [loss, norm])
     lr = learning_rate(job, step)
@@ -255,7 +274,7 @@ def _first_order_step(
     record: dict[str, Any] = {"loss": loss, "gradient_norm": norm, "g": [], "lr": lr}
     if changed is not None:
         record["changed"] = changed / scope.size
-    return record, len(batch)
+    return record, 1
 
 
 def _counts(step: int) -> bool:

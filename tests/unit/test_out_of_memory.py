@@ -1,0 +1,290 @@
+"""The way down when memory is short: what is given up, in which order, and that the run stays true.
+
+On a CPU the shortage is a stand-in: a block that refuses more than so many tokens, as the allocator
+of a GPU would. The test on a GPU makes the real allocator refuse.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit import families
+from zo_core import runs
+from zo_core.errors import MemoryExhaustedError
+from zo_core.failures import describe
+from zo_core.jobs import ModelFields, ReplayJob, TuneJob
+from zo_core.models import resident
+from zo_core.models.load import LoadedModel, load
+from zo_core.progress import Cancelled, JobContext
+from zo_core.recipes.replay import run_replay
+from zo_core.recipes.tune import run_tune
+from zo_core.runs import Run
+from zo_core.settings import settings
+from zo_core.tasks.data import load_task
+from zo_core.tasks.templates import Example, encode
+from zo_core.zo.checkpoint import read_checkpoint
+from zo_core.zo.forward import FastForward
+from zo_core.zo.out_of_memory import MemoryLadder
+from zo_core.zo.scope import TunedScope, scope_parameters
+from zo_core.zo.trainer import Progress, make_optimizer, train
+
+SMALL: dict[str, Any] = {
+    **{"batch_size": 4, "steps": 4, "train_examples": 16, "dev_examples": 8, "eval_examples": 8},
+    **{"device": "cpu", "eval_every": 2, "lr": 1e-3, "scope": "layer:3"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings(), "cache_dir", tmp_path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tiny(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A tiny random model in place of the bundled one, which would take minutes here."""
+    folder = families.save(families.build("llama"), tmp_path_factory.mktemp("llama"))
+    SMALL["model"] = str(folder)
+
+
+def go(job: TuneJob, run: Run | None = None) -> Run:
+    """Run a job here, as the worker does."""
+    run = run or runs.create(job, None)
+    run_tune(job, run, JobContext(run))
+    run.update(state="done")
+    return run
+
+
+@contextmanager
+def room_for(tokens: int) -> Iterator[None]:
+    """Within, the last block of the model refuses more tokens than this."""
+    block = resident.acquire(TuneJob(**SMALL), lambda _line: None).decoder.blocks[-1]
+
+    def refuse(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.shape[:-1].numel() > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    handle = block.register_forward_pre_hook(refuse, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def steps_of(run: Run) -> list[dict[str, Any]]:
+    """The ledger, without what takes time."""
+    records = [r for r in run.read_metrics()[0] if r["kind"] == "step"]
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in records]
+
+
+def weights_of(run: Run) -> dict[str, torch.Tensor]:
+    """True weights and optimizer state of the last step."""
+    saved = read_checkpoint(run.path / "checkpoint.safetensors")
+    return saved.weights | {f"state/{n}": t for n, t in saved.state.items()}
+
+
+def same(one: Run, other: Run) -> bool:
+    """Whether two runs end at the same bits."""
+    a, b = weights_of(one), weights_of(other)
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def tokens_of_a_step(job: TuneJob) -> int:
+    """Most tokens that the last block meets at once, in a run with all the memory it wants."""
+    most = 0
+    loaded = resident.acquire(job, lambda _line: None)
+
+    def note(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal most
+        hidden = args[0] if args else kwargs["hidden_states"]
+        most = max(most, hidden.shape[:-1].numel())
+
+    handle = loaded.decoder.blocks[-1].register_forward_pre_hook(note, with_kwargs=True)
+    go(job)
+    handle.remove()
+    return most
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"optimizer": "adamm", "accumulate": 2}, {"precision": "inplace"}, {"optimizer": "adamw"}],
+    ids=["fast", "accumulate", "inplace", "adamw"],
+)
+def test_the_batch_is_split_and_the_run_goes_on(fields: dict[str, Any]) -> None:
+    """Messages in their order; the ledger of the whole batch, to rounding; resume to the bit."""
+    job = TuneJob(**(SMALL | fields))
+    whole = go(job)
+    room = tokens_of_a_step(job.model_copy(update={"steps": 2})) * 2 // 3
+    with room_for(room):
+        split = go(job)
+        part = runs.create(job, None)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Run, "append_metrics", _stopping_after(3))
+            with pytest.raises(Cancelled):
+                go(job, part)
+        go(job, part)
+    details = split.status().details
+    given_up = [line.partition(": ")[2] for line in details["out_of_memory"]]
+    cache = ["prefix cache emptied", "prefix cache moved to host memory"]
+    halves = [f"batch split into micro-batches of {n}" for n in (2, 1)]
+    wanted = (cache if details["path"] == "fast" else []) + halves
+    assert given_up == wanted[: len(given_up)]
+    assert details["micro_batch"] in (1, 2)
+    log = (split.path / "log.txt").read_text()
+    assert all(line in log for line in details["out_of_memory"])
+    for ours, theirs in zip(steps_of(split), steps_of(whole), strict=True):
+        assert ours["forward_passes"] == theirs["forward_passes"]
+        assert ours["micro_batches"] > theirs.get("micro_batches", 1) if ours["g"] else True
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        for a, b in zip(ours["g"], theirs["g"], strict=True):
+            # a float32 rounding of each loss, divided by 2 eps
+            assert a == pytest.approx(b, abs=4e-6 * ours["loss"] / (2 * job.eps))
+    assert steps_of(part) == steps_of(split)
+    assert same(part, split)
+    if job.optimizer != "adamw":
+        replay = runs.create(ReplayJob(run=split.run_id, device="cpu"), None)
+        run_replay(ReplayJob(run=split.run_id, device="cpu"), replay, JobContext(replay))
+        answer = replay.result_json()
+        assert answer is not None
+        assert answer["identical"]
+
+
+def _stopping_after(step: int) -> Callable[[Run, dict[str, Any]], None]:
+    appended = Run.append_metrics
+
+    def append(self: Run, record: dict[str, Any]) -> None:
+        appended(self, record)
+        if record["kind"] == "step" and record["step"] == step:
+            raise Cancelled
+
+    return append
+
+
+@pytest.mark.parametrize("optimizer", ["zo-sgd", "momentum", "adamw"])
+def test_an_update_that_breaks_off_is_undone(
+    optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some weights had moved already: they come back from checkpoint and ledger, bit for bit."""
+    fields = SMALL | {"optimizer": optimizer, "checkpoint_every": 2, "steps": 5}
+    job = TuneJob(**fields)
+    whole = go(job)
+    updates, step = 0, TunedScope._step
+
+    def break_off(self: TunedScope, *args: Any) -> None:
+        nonlocal updates
+        updates += 1
+        if updates == 2 * len(self.parameters) + 3:  # amid the third step
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        step(self, *args)
+
+    monkeypatch.setattr(TunedScope, "_step", break_off)
+    broken = go(job)
+    (said,) = broken.status().details["out_of_memory"]
+    given_up = "batch split into micro-batches of 2" if optimizer == "adamw" else "cache emptied"
+    assert "out of memory at step 3: " in said
+    assert said.endswith(given_up)
+    if optimizer != "adamw":  # whose batches were split
+        assert steps_of(broken) == steps_of(whole)
+        assert same(broken, whole)
+    assert [r["step"] for r in steps_of(broken)] == [1, 2, 3, 4, 5]
+
+
+def test_one_example_that_does_not_fit_ends_the_run() -> None:
+    """With one sentence; what was reached is kept."""
+    run = runs.create(TuneJob(**SMALL), None)
+    with room_for(3), pytest.raises(MemoryExhaustedError, match="one example") as caught:
+        go(TuneJob(**SMALL), run)
+    said = run.status().details["out_of_memory"]
+    assert said[-1].endswith("micro-batches of 1")
+    assert "\n" not in str(caught.value)
+    failure = describe(caught.value)
+    assert failure.out_of_memory
+    assert failure.expected
+
+
+def test_the_cache_holds_the_same_bits_wherever_it_lives(
+    demo: LoadedModel, review_examples: list[Example]
+) -> None:
+    """Emptied, moved, made anew: the hidden states of a batch are the same."""
+    forward = FastForward(demo, 5)
+    assert forward.give_up() is None
+    forward.register(review_examples)
+    batch = review_examples[3:9]
+    wanted = forward.prepare(batch).hidden
+    assert wanted is not None
+    cached = forward._frozen._cache
+    assert forward.give_up() == "prefix cache emptied"
+    assert not cached
+    for _ in range(2):
+        assert torch.equal(forward.prepare(batch).hidden, wanted)  # type: ignore[arg-type]
+        forward.give_up()
+    assert all(t.device.type == "cpu" for t in forward._frozen._cache.values())
+    assert len(forward._frozen._cache) > len(batch)
+    assert forward.give_up() is None
+
+
+@pytest.mark.gpu
+def test_a_real_allocator_that_refuses() -> None:
+    """With ever less memory a run goes down the ladder, graphs too, and its ledger stays the same.
+
+    Shrinking the allowance between steps also meets captures: every bucket is new at first.
+    """
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    demo = load(ModelFields(device="cuda", dtype="bfloat16"))
+    data = load_task("reviews")
+    rows = [encode(data.task, row, demo.tokenizer, demo.context) for row in data.train[:256]]
+    job = TuneJob(scope="layer:3", steps=40, batch_size=64, lr=1e-5)
+    total = torch.cuda.get_device_properties(0).total_memory
+
+    def tuned(megabytes: int | None) -> tuple[list[dict[str, Any]], list[str], int]:
+        forward = FastForward(demo, 3, graphs=True)
+        forward.register(rows)
+        said: list[str] = []
+        ladder = MemoryLadder(forward, job.batch_size, lambda line, _n: said.append(line))
+        ledger: list[dict[str, Any]] = []
+        scope = TunedScope(scope_parameters(demo, 3))
+        optimizer, progress = make_optimizer(job), Progress()
+
+        def steps() -> None:
+            train(
+                *(job, demo, forward, scope, optimizer, rows, progress, ledger.append),
+                micro_batch=ladder.micro_batch,
+            )
+
+        def again() -> None:
+            scope.load(scope.base)
+            progress.step = progress.forward_passes = 0
+            ledger.clear()
+
+        torch.cuda.empty_cache()
+        if megabytes is not None:
+            room = torch.cuda.memory_allocated() + megabytes * 2**20
+            torch.cuda.set_per_process_memory_fraction(room / total)
+        try:
+            ladder.hold(steps, lambda: progress.step + 1, again)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+            scope.close()
+        return ledger, said, ladder.micro_batch
+
+    free, said, whole = tuned(None)
+    assert not said
+    assert whole == 64
+    met: set[str] = set()
+    for megabytes in (1024, 512, 256, 128, 96, 64, 48, 32):
+        try:
+            tight, said, _ = tuned(megabytes)
+        except MemoryExhaustedError:
+            break
+        met |= {line.partition(": ")[2] for line in said}
+        assert [r["step"] for r in tight] == [r["step"] for r in free]
+        for ours, theirs in zip(tight, free, strict=True):
+            assert ours["forward_passes"] == theirs["forward_passes"]
+            assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-2)
+    assert "CUDA graphs given up" in met
+    assert any("micro-batches" in line for line in met)
