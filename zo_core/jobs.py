@@ -35,6 +35,7 @@ Estimator = Literal["two-sided", "one-sided"]
 Schedule = Literal["constant", "linear", "cosine"]
 Precision = Literal["fp32-master", "inplace", "fp32"]
 Keep = Literal["best", "last"]
+Scaling = Literal["count", "rms", "output"]
 TrackerName = Literal["tensorboard", "trackio", "wandb"]
 
 PAPER_LR = 1e-6
@@ -157,6 +158,36 @@ class ProbeJob(TaskFields):
     kind: Literal["probe"] = "probe"
     draws: int = Field(8, ge=1, le=10_000, description="z draws a layer")
     layers: list[int] | None = Field(None, description="0-based layers; none given: all")
+    batches: int = Field(
+        1, ge=1, le=64, description="batches for the same z: sign agreement and SNR need two"
+    )
+    eps_sweep: list[float] = Field(
+        [], max_length=64, description="also at these eps, for the linear range"
+    )
+    scalings: list[Scaling] = Field(
+        [], description="also with eps by parameter count, by weight rms, by own output's change"
+    )
+
+    @field_validator("eps_sweep", "scalings", mode="before")
+    @classmethod
+    def _list_from_text(cls, value: object) -> object:
+        if isinstance(value, str):
+            return [part.strip() for part in value.split(",") if part.strip()]
+        return value
+
+    @field_validator("scalings")
+    @classmethod
+    def _scalings_differ(cls, value: list[Scaling]) -> list[Scaling]:
+        return sorted(set(value))
+
+    @field_validator("eps_sweep")
+    @classmethod
+    def _sweep_tells_a_range(cls, value: list[float]) -> list[float]:
+        if any(not 1e-8 <= eps <= 10 for eps in value):
+            raise ValueError("must lie between 1e-8 and 10: for example 1e-4,3e-4,1e-3,3e-3")
+        if value and len(set(value)) < 3:
+            raise ValueError("needs at least three different values: for example 1e-4,1e-3,1e-2")
+        return sorted(set(value))
 
     @field_validator("layers")
     @classmethod
