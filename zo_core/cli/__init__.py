@@ -126,6 +126,14 @@ def bench(
         str | None,
         typer.Option(help="time one step against MeZO: llama2-7b, qwen3-8b or demo"),
     ] = None,
+    probe_shape: Annotated[
+        str | None,
+        typer.Option("--probe", help="time a whole probe: llama2-7b, qwen3-8b or demo"),
+    ] = None,
+    draws: Annotated[int, typer.Option(help="with --probe: draws of z a layer")] = 8,
+    everything: Annotated[
+        bool, typer.Option("--everything", help="with --probe: every further analysis, too")
+    ] = False,
     tasks: Annotated[str, typer.Option(help="with --shape")] = "copa,sst2,wsc,cb,drop",
     data_dir: Annotated[Path | None, typer.Option(help="rows for their lengths")] = None,
     layer: Annotated[int | None, typer.Option(help="tuned layer; none given: the shape's")] = None,
@@ -134,7 +142,10 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="write the Markdown table here")] = None,
     json: Json = False,
 ) -> None:
-    """Time the main job on this machine, or (--shape) one ZO step against MeZO as published."""
+    """Time the main job here; --shape: one ZO step against MeZO's; --probe: a whole probe."""
+    if probe_shape is not None:
+        probe_bench(probe_shape, draws, everything, device, dtype, json)
+        return
     if shape is not None:
         writable(out, "--out", json)
         step_bench(shape, tasks.split(","), data_dir, layer, device, dtype, out, json)
@@ -185,6 +196,31 @@ def step_bench(
         out.write_text(table)
     if as_json:
         typer.echo(to_json(result))
+
+
+def probe_bench(
+    shape: str, draws: int, everything: bool, device: str, dtype: str, as_json: bool
+) -> None:
+    """Time a probe of all layers, in this process: it needs the device for itself."""
+    from zo_core.bench.probe import TARGET, run_probe_bench
+
+    def say(line: str) -> None:
+        typer.echo(f"... {line}", err=True)
+
+    try:
+        found = run_probe_bench(shape, draws, everything, device, dtype, say)
+    except (UserError, ValidationError) as error:
+        refuse(explain(error) if isinstance(error, ValidationError) else str(error), as_json)
+    share = "" if found["utilisation"] is None else f", {found['utilisation']:.0%} of peak"
+    typer.echo(
+        f"{shape}: {found['layers']} layers x {draws} draws, {found['pairs']} pairs of points in "
+        f"{found['seconds']:.1f} s ({found['ms_per_pair']:.1f} ms a pair{share}); weights "
+        f"{'restored' if found['restored'] else 'CHANGED'}"
+    )
+    if shape == "llama2-7b" and draws == 8 and not everything:
+        typer.echo(f"target on an H200: {TARGET:g} s")
+    if as_json:
+        typer.echo(to_json(found))
 
 
 @app.command(name="app")
