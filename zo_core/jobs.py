@@ -134,10 +134,9 @@ class TaskFields(TaskChoice):
     noise: Noise = Field("gaussian", description="distribution of z")
 
 
-class ScanJob(TaskChoice):
-    """Activation scan: streaming statistics of every block output."""
+class TextFields(TaskChoice):
+    """A job that reads texts."""
 
-    kind: Literal["scan"] = "scan"
     text: TextSource = Field("sample", description="bundled passages, own prompt, or task rows")
     prompt: str | None = Field(None, max_length=100_000, description="text, when text=prompt")
     sequences: int = Field(16, ge=1, le=100_000, description="number of texts")
@@ -146,10 +145,26 @@ class ScanJob(TaskChoice):
     bos: Bos = Field("auto", description="auto: as the tokenizer does; add; none")
 
     @model_validator(mode="after")
-    def _prompt_is_there(self) -> "ScanJob":
+    def _prompt_is_there(self) -> "TextFields":
         if self.text == "prompt" and not (self.prompt or "").strip():
             raise ValueError("prompt is empty: type a few words, or choose text=sample")
         return self
+
+
+class ScanJob(TextFields):
+    """Activation scan: streaming statistics of every block output."""
+
+    kind: Literal["scan"] = "scan"
+
+
+class MechanismJob(TextFields):
+    """Who writes and removes massive activations, what attends to them, what they are for."""
+
+    kind: Literal["mechanism"] = "mechanism"
+    sequences: int = Field(8, ge=1, le=10_000, description="number of texts")
+    max_tokens: int = Field(128, ge=4, le=131_072, description="longest sequence, in tokens")
+    rule: Rule = Field("emergence", description="outlier rule that says whether there are any")
+    channels: int = Field(3, ge=1, le=64, description="massive channels followed, at most")
 
 
 class ProbeJob(TaskFields):
@@ -322,7 +337,7 @@ class UnloadJob(BaseModel):
 
 
 Job = Annotated[
-    ScanJob | ProbeJob | TuneJob | PreviewJob | ReplayJob | ExportJob | LoadJob | UnloadJob,
+    ScanJob | MechanismJob | ProbeJob | TuneJob | PreviewJob | ReplayJob | ExportJob | LoadJob | UnloadJob,
     Field(discriminator="kind"),
 ]
 JOB: TypeAdapter[Job] = TypeAdapter(Job)
