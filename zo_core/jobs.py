@@ -337,7 +337,15 @@ class UnloadJob(BaseModel):
 
 
 Job = Annotated[
-    ScanJob | MechanismJob | ProbeJob | TuneJob | PreviewJob | ReplayJob | ExportJob | LoadJob | UnloadJob,
+    ScanJob
+    | MechanismJob
+    | ProbeJob
+    | TuneJob
+    | PreviewJob
+    | ReplayJob
+    | ExportJob
+    | LoadJob
+    | UnloadJob,
     Field(discriminator="kind"),
 ]
 JOB: TypeAdapter[Job] = TypeAdapter(Job)

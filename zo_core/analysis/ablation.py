@@ -1,4 +1,4 @@
-"""Is an early layer felt more because of its place, or because its own output reacts more? No torch.
+"""Is an early layer felt more for its place, or because its own output reacts more? No torch.
 
 Two probes of the same layers and draws: with one eps for all (plain), and with eps scaled so that
 every layer's own output changes by the same share (equalised). What equalising takes away from a

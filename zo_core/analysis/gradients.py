@@ -55,7 +55,5 @@ def distribution(batches: pd.DataFrame) -> pd.DataFrame:
 def _pairs_alike(g: np.ndarray) -> float:
     """Share of pairs of columns with the same sign, mean over the rows of [D, B]."""
     count = g.shape[1]
-    alike = sum(
-        ((n := (side > 0).sum(axis=1)) * (n - 1)).astype(float) for side in (g, -g)
-    )
+    alike = sum(((n := (side > 0).sum(axis=1)) * (n - 1)).astype(float) for side in (g, -g))
     return float(np.mean(alike / (count * (count - 1))))

@@ -12,6 +12,7 @@ The loss is the mean cross entropy of the next token over the texts, in nats.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pandas as pd
 import torch
@@ -38,7 +39,7 @@ def text_loss(
     """
     total, count = 0.0, 0
     for number, batch in enumerate(recording.batches):
-        logits = recording.logits(batch, layer, lambda hidden, n=number: change(n, hidden))
+        logits = recording.logits(batch, layer, partial(change, number))
         losses = _losses(logits, batch)
         total += float(losses.sum(dtype=torch.float64))
         count += len(losses)

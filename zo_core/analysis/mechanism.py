@@ -9,7 +9,8 @@ down-projection's output (of a mixture of experts: the MLP's) set to zero, and
 
 So the parts add up to the change of the stream, to the rounding of its dtype, in any family: with
 parallel attention, norms after the parts (Gemma, OLMo-2) or scaled residuals, too. Where a norm is
-applied to the sum of stream and part (post-LN, OPT-350m), "attention" and "MLP" include what it does.
+applied to the sum of stream and part (post-LN, OPT-350m), "attention" and "MLP" include what it
+does.
 
 * The **writer** is the part with the largest contribution towards the peak value, up to the layer
   of the peak.

@@ -1,6 +1,7 @@
 """A whole probe: every layer, every analysis that was asked for, in one walk through the model."""
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 from zo_core.analysis.scaling import FIXED, scale_factors
 from zo_core.analysis.sensitivity import (
@@ -76,7 +77,7 @@ class Probe:
                     self._settings,
                     self._factors_of(layer),
                     self.tables,
-                    lambda layer=layer: tick(layer),
+                    partial(tick, layer),
                 )
             finally:
                 scope.close()
@@ -93,7 +94,7 @@ class Probe:
                         self._settings,
                         self.target,
                         self.tables,
-                        lambda layer=layer: tick(layer),
+                        partial(tick, layer),
                     )
                 finally:
                     scope.close()

@@ -1,7 +1,8 @@
 """Fair perturbations: by how much eps is scaled in a layer, so that layers can be compared.
 
 With one eps for all, a layer of more parameters moves further, and one of small weights moves by a
-larger share of them. ``d_k`` is the number of parameters of layer k, ``w_k`` the rms of its weights:
+larger share of them. ``d_k`` is the number of parameters of layer k, ``w_k`` the root mean square
+of its weights:
 
 * ``count``: eps / sqrt(d_k), times the root of the mean d over the model's layers. The
   perturbation has the same norm in every layer: ``eps sqrt(mean d)``.

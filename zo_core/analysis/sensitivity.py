@@ -1,6 +1,6 @@
 """Perturbation sensitivity of single layers: what does the loss do when one layer is perturbed?
 
-For a layer, a draw of z (all entries of variance 1) and a perturbation scale eps, mean over batches:
+For a layer, a draw of z (entries of variance 1) and a perturbation scale eps, mean over batches:
 
 * ``projected_gradient``: ``g = (L(theta + eps z) - L(theta - eps z)) / (2 eps)``, which is about
   ``z . grad L``; its mean square over draws estimates the squared gradient norm of the layer
@@ -240,9 +240,7 @@ def summarise(draws: pd.DataFrame, by: Sequence[str] = ("layer", "metric")) -> p
     Returns:
         ``*by, mean, sd, se, n``; ``sd`` and ``se`` are NaN for a single draw.
     """
-    table = (
-        draws.groupby(list(by))["value"].agg(mean="mean", sd="std", n="count").reset_index()
-    )
+    table = draws.groupby(list(by))["value"].agg(mean="mean", sd="std", n="count").reset_index()
     table["se"] = table["sd"] / np.sqrt(table["n"])
     return table[[*by, "mean", "sd", "se", "n"]]
 

@@ -80,7 +80,7 @@ def sink_shares(
 
 
 def _queries(batch: RecordedBatch, marked: torch.Tensor) -> torch.Tensor:
-    """bool [B, T]: real tokens that can see a massive one and are none."""
+    """Which tokens are real, can see a massive one and are none: bool [B, T]."""
     return batch.real & ~marked & (marked.cumsum(-1) > 0)
 
 

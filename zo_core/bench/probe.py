@@ -106,9 +106,7 @@ def run_probe_bench(
         "ms_per_pair": 1e3 * clock.parts["probe"] / probe.pairs,
         "flops": flops,
         "utilisation": flops / clock.parts["probe"] / peak if peak else None,
-        "peak_bytes": (
-            torch.cuda.max_memory_allocated() if loaded.device.type == "cuda" else None
-        ),
+        "peak_bytes": (torch.cuda.max_memory_allocated() if loaded.device.type == "cuda" else None),
         "restored": _digests(loaded) == before,
         "mean_abs_g": strength.tolist(),
         "provenance": facts,

@@ -1,4 +1,4 @@
-"""The command line: ``python -m zo_core scan|probe|tune|compare|replay|export|runs|bench|app``.
+"""The command line: ``python -m zo_core scan|mechanism|probe|tune|compare|replay|export|runs|bench|app``.
 
 The same job specs, engine and run store as the app. With ``--json`` the last line of stdout is one
 JSON object (keys in README.md); progress goes to stderr. Exit codes: 0 done, 1 failed, 2 bad
@@ -69,6 +69,14 @@ def scan(fields: dict[str, Any], csv: Csv = None, json: Json = False) -> None:
 
         csv.write_bytes(csv_bytes(pd.read_parquet(run.result("layers.parquet"))))
     report(run, status, json)
+
+
+@app.command()
+@with_job_options("mechanism")
+def mechanism(fields: dict[str, Any], json: Json = False) -> None:
+    """Follow a massive activation: who writes and removes it, sinks, what the loss does."""
+    run = launch(fields, json)
+    report(run, follow(run, json), json)
 
 
 @app.command()

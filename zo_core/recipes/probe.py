@@ -137,8 +137,11 @@ def _write_tables(run: Run, probe: Probe) -> None:
     )
     if "sweep" in frames:
         frames["linear_range"] = linear_ranges(frames["sweep"])
-    if "scalings" in frames and (frames["scalings"]["scaling"] == "output").any():
-        frames["ablation"] = ablation(frames["draws"], frames["scalings"])
+    if "scalings" in frames:
+        scaled = frames["scalings"]
+        frames["scaled_layers"] = summarise(scaled, ("scaling", "layer", "metric"))
+        if (scaled["scaling"] == "output").any():
+            frames["ablation"] = ablation(frames["draws"], scaled)
     for name, table in frames.items():
         run.write_result(f"{name}.parquet", table.to_parquet(index=False))
         run.write_result(f"{name}.csv", table.to_csv(index=False))
