@@ -80,7 +80,7 @@ def listing(entries: list[history.Entry]) -> list[history.Entry]:
                 "State": e.status.state,
                 "Result": e.key_result,
                 "Model": e.job.model,
-                "Task": e.job.text if e.job.kind == "scan" and e.job.text != "task" else e.job.task,
+                "Task": e.job.task if getattr(e.job, "text", "task") == "task" else e.job.text,
                 "Scope": e.scope,
                 "Started": clock(e.status.created),
                 "Time": elapsed(e.status.started, e.status.finished) if e.status.finished else "",

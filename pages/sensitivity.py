@@ -3,7 +3,7 @@
 import pandas as pd
 import streamlit as st
 
-from pages.parts import history, launch, run_view
+from pages.parts import history, launch, probe_results, result_files, run_view
 from pages.parts.choice import Choice, current, describe, line
 from pages.parts.forms import data_folder, missing_layers, parse_layers, task_picker
 from pages.parts.frame import begin
@@ -12,9 +12,17 @@ from pages.parts.own_task import own_fields
 from pages.parts.preview import preview
 from pages.parts.routes import PAGES
 from pages.parts.words import layer_name, plain
-from zo_core import export, plots
-from zo_core.jobs import ProbeJob, command_line
+from zo_core import plots
+from zo_core.jobs import ProbeJob
 from zo_core.tasks.catalog import OWN
+
+SCALINGS = {
+    "none": "one eps for all",
+    "count": "same norm",
+    "rms": "same share of weights",
+    "output": "same own change",
+}
+"""Perturbations of a probe, as the page names them."""
 
 
 def form(choice: Choice) -> None:
@@ -62,6 +70,7 @@ def form(choice: Choice) -> None:
         )
         values["data_dir"] = data_folder("probe")
     values["layers"] = parse_layers(layers)
+    further(values)
     if values["task"] == OWN:
         values |= own_fields("probe")
     preview("probe", values, choice)
@@ -74,9 +83,36 @@ def form(choice: Choice) -> None:
     )
 
 
-@st.cache_data(max_entries=24, show_spinner=False)
-def _table(path: str, changed: int) -> pd.DataFrame:
-    return pd.read_parquet(path)
+def further(values: dict) -> None:
+    """The analyses that cost more forward passes."""
+    with st.container(horizontal=True, vertical_alignment="bottom", key="probe_further"):
+        values["batches"] = st.number_input(
+            "Batches",
+            value=ProbeJob.model_fields["batches"].default,
+            step=1,
+            key="probe_batches",
+            width=150,
+            help="For the same z: sign agreement and signal-to-noise ratio need at least two",
+            persist_state="session",
+        )
+        values["scalings"] = st.pills(
+            "Also with eps scaled",
+            [s for s in SCALINGS if s != "none"],
+            format_func=SCALINGS.get,
+            selection_mode="multi",
+            key="probe_scalings",
+            persist_state="session",
+            help="Fair perturbations: of the same norm, of the same share of the weights, or with "
+            "the same change of each layer's own output. Each costs as much as the probe itself.",
+        )
+        values["eps_sweep"] = st.text_input(
+            "eps sweep",
+            key="probe_eps_sweep",
+            placeholder="optional: 1e-5,1e-4,3e-4,1e-3,3e-3,1e-2",
+            width=330,
+            persist_state="session",
+            help="Finds the range in which the projected gradient does not depend on eps",
+        )
 
 
 def layer_count(entry: history.Entry) -> int | None:
@@ -118,14 +154,14 @@ def headline(layers: pd.DataFrame, most: int, n_layers: int) -> None:
 def show(entry: history.Entry) -> None:
     """A probe, growing layer by layer while it is live."""
     try:
-        path = entry.run.result("layers.parquet")
-        layers = _table(str(path), path.stat().st_mtime_ns)
-    except FileNotFoundError:
-        if entry.status.live:
-            st.caption("The chart appears with the first finished layer.")
-        return
+        layers = result_files.table(entry, "layers")
+        scaled = result_files.table(entry, "scaled_layers")
     except (OSError, ValueError) as error:
         st.error(f"The results of this probe cannot be read: {plain(str(error))}")
+        return
+    if layers is None:
+        if entry.status.live:
+            st.caption("The chart appears with the first finished layer.")
         return
     job = entry.job
     first, scan = history.outlier_layer(Choice(job.model, job.revision))
@@ -149,16 +185,18 @@ def show(entry: history.Entry) -> None:
                 ):
                     st.switch_page(PAGES["fine_tune"], query_params={"scope": f"layer:{layer}"})
     measured = [m for m in plots.METRICS if m in set(layers["metric"])]
-    metric = st.segmented_control(
-        "Metric",
-        measured,
-        format_func=lambda m: plots.METRICS[m][0],
-        default=measured[0],
-        key="probe_metric",
-        required=True,
-        persist_state="session",
-    )
-    figure = plots.sensitivity(layers, metric, first, job.layers or range(n_layers))
+    with st.container(horizontal=True):
+        metric = st.segmented_control(
+            "Metric",
+            measured,
+            format_func=lambda m: plots.METRICS[m][0],
+            default=measured[0],
+            key="probe_metric",
+            required=True,
+            persist_state="session",
+        )
+        shown = perturbation(layers, scaled)
+    figure = plots.sensitivity(shown, metric, first, job.layers or range(n_layers))
     figure.update_layout(uirevision=f"{entry.run_id}-{metric}")
     live_chart(figure, key="probe_chart")
     note = (
@@ -168,70 +206,55 @@ def show(entry: history.Entry) -> None:
     if scan is None:
         note += " Scan this model on the Outliers page to see its first outlier layer marked here."
     st.caption(note)
-    shown = layers[layers["metric"] == metric].sort_values("layer")
+    of_metric = shown[shown["metric"] == metric].sort_values("layer")
     numbers = {c: st.column_config.NumberColumn(c, format="%.4g") for c in ("mean", "sd", "se")}
     st.dataframe(
-        shown[["layer", "mean", "sd", "se", "n"]],
+        of_metric[["layer", "mean", "sd", "se", "n"]],
         hide_index=True,
         key="probe_table",
         column_config={"layer": "layer (0-based)"} | numbers,
     )
-    if entry.status.state != "running":
-        downloads(entry, layers, figure)
+    if entry.status.live:
+        return
+    figures = [("Sensitivity by layer", figure)]
+    try:
+        figures += probe_results.analyses(entry, layers, first, n_layers)
+    except (OSError, ValueError, KeyError) as error:
+        st.error(f"Some results of this probe cannot be read: {plain(str(error))}")
+    downloads(entry, figures)
 
 
-def downloads(entry: history.Entry, layers: pd.DataFrame, figure: object) -> None:
-    """Tidy CSVs, their provenance and the figure."""
-    st.caption(
-        "draws.csv: one row a layer, draw and metric. layers.csv: mean, sd, se and n. "
-        "provenance.json: job, versions, device and seeds of both."
+def perturbation(layers: pd.DataFrame, scaled: pd.DataFrame | None) -> pd.DataFrame:
+    """The table of the chosen perturbation: one eps for all, or a fair one that was measured."""
+    if scaled is None:
+        return layers
+    there = [s for s in SCALINGS if s == "none" or s in set(scaled["scaling"])]
+    chosen = st.segmented_control(
+        "Perturbation",
+        there,
+        format_func=SCALINGS.get,
+        default="none",
+        key="probe_scaling",
+        required=True,
+        help="What eps is in each layer; docs/sensitivity.md has the formulas",
     )
-    draws = entry.run.result("draws.parquet")
-    sidecar = entry.run.result_json("provenance.json")
+    if chosen == "none":
+        return layers
+    return scaled[scaled["scaling"] == chosen]
+
+
+def downloads(entry: history.Entry, figures: list) -> None:
+    """Tidy CSVs, their provenance and the figures."""
+    st.caption(
+        "draws: one row a layer, draw and metric. layers: mean, sd, se and n. propagation: "
+        "relative change of every block's output. gradients: spread, SNR and sign agreement. "
+        "The others, where measured: docs/sensitivity.md. provenance.json: job, versions, device "
+        "and seeds of them all."
+    )
     with st.container(horizontal=True, key="probe_downloads"):
-        if draws.is_file():
-            st.download_button(
-                "draws.csv (tidy)",
-                lambda: export.csv_bytes(pd.read_parquet(draws)),
-                f"{entry.run_id}-draws.csv",
-                "text/csv",
-                key="download_draws",
-                icon=":material/download:",
-                on_click="ignore",
-            )
-        st.download_button(
-            "layers.csv",
-            lambda: export.csv_bytes(layers),
-            f"{entry.run_id}-layers.csv",
-            "text/csv",
-            key="download_layers",
-            icon=":material/download:",
-            on_click="ignore",
-        )
-        if sidecar:
-            st.download_button(
-                "provenance.json",
-                lambda: export.json_bytes(sidecar),
-                f"{entry.run_id}-provenance.json",
-                "application/json",
-                key="download_provenance",
-                icon=":material/download:",
-                on_click="ignore",
-            )
-        st.download_button(
-            "Figure (HTML)",
-            lambda: export.html_bytes(
-                f"Sensitivity probe of {entry.job.model}",
-                [("Sensitivity by layer", figure)],
-                [f"Run {entry.run_id}. Layers are 0-based."],
-                command_line(entry.job),
-            ),
-            f"{entry.run_id}.html",
-            "text/html",
-            key="download_html",
-            icon=":material/download:",
-            on_click="ignore",
-        )
+        result_files.tables(entry, probe_results.TABLES)
+        result_files.sidecar(entry)
+        result_files.report(entry, f"Sensitivity probe of {entry.job.model}", figures, [])
 
 
 begin(

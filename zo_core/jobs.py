@@ -35,6 +35,7 @@ Estimator = Literal["two-sided", "one-sided"]
 Schedule = Literal["constant", "linear", "cosine"]
 Precision = Literal["fp32-master", "inplace", "fp32"]
 Keep = Literal["best", "last"]
+Scaling = Literal["count", "rms", "output"]
 TrackerName = Literal["tensorboard", "trackio", "wandb"]
 
 PAPER_LR = 1e-6
@@ -133,10 +134,9 @@ class TaskFields(TaskChoice):
     noise: Noise = Field("gaussian", description="distribution of z")
 
 
-class ScanJob(TaskChoice):
-    """Activation scan: streaming statistics of every block output."""
+class TextFields(TaskChoice):
+    """A job that reads texts."""
 
-    kind: Literal["scan"] = "scan"
     text: TextSource = Field("sample", description="bundled passages, own prompt, or task rows")
     prompt: str | None = Field(None, max_length=100_000, description="text, when text=prompt")
     sequences: int = Field(16, ge=1, le=100_000, description="number of texts")
@@ -145,10 +145,26 @@ class ScanJob(TaskChoice):
     bos: Bos = Field("auto", description="auto: as the tokenizer does; add; none")
 
     @model_validator(mode="after")
-    def _prompt_is_there(self) -> "ScanJob":
+    def _prompt_is_there(self) -> "TextFields":
         if self.text == "prompt" and not (self.prompt or "").strip():
             raise ValueError("prompt is empty: type a few words, or choose text=sample")
         return self
+
+
+class ScanJob(TextFields):
+    """Activation scan: streaming statistics of every block output."""
+
+    kind: Literal["scan"] = "scan"
+
+
+class MechanismJob(TextFields):
+    """Who writes and removes massive activations, what attends to them, what they are for."""
+
+    kind: Literal["mechanism"] = "mechanism"
+    sequences: int = Field(8, ge=1, le=10_000, description="number of texts")
+    max_tokens: int = Field(128, ge=4, le=131_072, description="longest sequence, in tokens")
+    rule: Rule = Field("emergence", description="outlier rule that says whether there are any")
+    channels: int = Field(3, ge=1, le=64, description="massive channels followed, at most")
 
 
 class ProbeJob(TaskFields):
@@ -157,6 +173,36 @@ class ProbeJob(TaskFields):
     kind: Literal["probe"] = "probe"
     draws: int = Field(8, ge=1, le=10_000, description="z draws a layer")
     layers: list[int] | None = Field(None, description="0-based layers; none given: all")
+    batches: int = Field(
+        1, ge=1, le=64, description="batches for the same z: sign agreement and SNR need two"
+    )
+    eps_sweep: list[float] = Field(
+        [], max_length=64, description="also at these eps, for the linear range"
+    )
+    scalings: list[Scaling] = Field(
+        [], description="also with eps by parameter count, by weight rms, by own output's change"
+    )
+
+    @field_validator("eps_sweep", "scalings", mode="before")
+    @classmethod
+    def _list_from_text(cls, value: object) -> object:
+        if isinstance(value, str):
+            return [part.strip() for part in value.split(",") if part.strip()]
+        return value
+
+    @field_validator("scalings")
+    @classmethod
+    def _scalings_differ(cls, value: list[Scaling]) -> list[Scaling]:
+        return sorted(set(value))
+
+    @field_validator("eps_sweep")
+    @classmethod
+    def _sweep_tells_a_range(cls, value: list[float]) -> list[float]:
+        if any(not 1e-8 <= eps <= 10 for eps in value):
+            raise ValueError("must lie between 1e-8 and 10: for example 1e-4,3e-4,1e-3,3e-3")
+        if value and len(set(value)) < 3:
+            raise ValueError("needs at least three different values: for example 1e-4,1e-3,1e-2")
+        return sorted(set(value))
 
     @field_validator("layers")
     @classmethod
@@ -291,7 +337,15 @@ class UnloadJob(BaseModel):
 
 
 Job = Annotated[
-    ScanJob | ProbeJob | TuneJob | PreviewJob | ReplayJob | ExportJob | LoadJob | UnloadJob,
+    ScanJob
+    | MechanismJob
+    | ProbeJob
+    | TuneJob
+    | PreviewJob
+    | ReplayJob
+    | ExportJob
+    | LoadJob
+    | UnloadJob,
     Field(discriminator="kind"),
 ]
 JOB: TypeAdapter[Job] = TypeAdapter(Job)

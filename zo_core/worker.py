@@ -30,6 +30,7 @@ RECIPES = {
     "load": "zo_core.recipes.load:run_load",
     "unload": "zo_core.recipes.load:run_unload",
     "scan": "zo_core.recipes.scan:run_scan",
+    "mechanism": "zo_core.recipes.mechanism:run_mechanism",
     "probe": "zo_core.recipes.probe:run_probe",
     "tune": "zo_core.recipes.tune:run_tune",
     "preview": "zo_core.recipes.preview:run_preview",

@@ -10,11 +10,11 @@ from zo_core.tasks.catalog import OWN, TASKS
 _RANGE = re.compile(r"^(\d{1,5})-(\d{1,5})$")
 
 
-def task_picker(prefix: str) -> str:
-    """The task of a job."""
+def task_picker(prefix: str, own: bool = True) -> str:
+    """The task of a job; with ``own``, the user's rows are offered as well."""
     return st.selectbox(
         "Task",
-        [*TASKS, OWN],
+        [*TASKS, OWN] if own else [*TASKS],
         format_func=lambda task: TASKS[task].title if task in TASKS else "Your own rows",
         key=f"{prefix}_task",
         width=210,

@@ -18,6 +18,7 @@ def navigation() -> st.Page:
         [
             st.Page(PAGES["model"], title="Model", icon=":material/deployed_code:", default=True),
             st.Page(PAGES["outliers"], title="Outliers", icon=":material/blur_on:"),
+            st.Page(PAGES["mechanism"], title="Mechanism", icon=":material/account_tree:"),
             st.Page(PAGES["sensitivity"], title="Sensitivity", icon=":material/bar_chart:"),
             st.Page(PAGES["fine_tune"], title="Fine-tune", icon=":material/trending_down:"),
             st.Page(PAGES["runs"], title="Runs", icon=":material/history:"),

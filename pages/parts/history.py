@@ -9,7 +9,8 @@ from zo_core import runs
 from zo_core.jobs import Job
 from zo_core.tasks.catalog import METRIC_NAMES, main_metric
 
-KINDS = ("scan", "probe", "tune")
+KINDS = ("scan", "mechanism", "probe", "tune")
+READS_TEXT = ("scan", "mechanism")
 ALL_KINDS = (*KINDS, "preview", "export", "load", "unload")
 
 
@@ -32,7 +33,7 @@ class Entry:
         """What tells this run from others of its kind: model, task or text, scope."""
         job = self.job
         parts = [shorten(getattr(job, "model", ""), 28)]
-        if job.kind == "scan":
+        if job.kind in READS_TEXT:
             parts.append({"sample": "bundled text", "prompt": "own prompt"}.get(job.text, job.task))
         elif job.kind == "probe":
             parts += [job.task, f"{job.draws} draws"]
@@ -64,7 +65,7 @@ class Entry:
         elif job.kind == "probe":
             what = f"{len(job.layers)} layers" if job.layers else "all layers"
             more = f"{job.draws} draws"
-        elif job.kind == "scan":
+        elif job.kind in READS_TEXT:
             what = {"sample": "bundled text", "prompt": "own prompt"}.get(job.text, job.task)
         return " · ".join(filter(None, (f"{job.kind.capitalize()} {what}".strip(), state, more)))
 
@@ -82,6 +83,10 @@ class Entry:
         if self.job.kind == "scan" and "first_outlier_layer" in summary:
             layer = summary["first_outlier_layer"].get("emergence")
             return "no first outlier layer" if layer is None else f"first outlier layer {layer}"
+        writer = summary.get("writer")
+        if self.job.kind == "mechanism" and writer:
+            part = {"mlp": "MLP", "attention": "attention"}[writer["part"]]
+            return f"written by the {part} of layer {writer['layer']}"
         if self.job.kind == "probe" and summary.get("most_sensitive_layer") is not None:
             return f"largest mean |g| at layer {summary['most_sensitive_layer']}"
         before, after = (percent(summary.get(key), self.metric) for key in ("before", "after"))

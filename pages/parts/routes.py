@@ -3,6 +3,7 @@
 PAGES = {
     "model": "pages/model.py",
     "outliers": "pages/outliers.py",
+    "mechanism": "pages/mechanism.py",
     "sensitivity": "pages/sensitivity.py",
     "fine_tune": "pages/fine_tune.py",
     "runs": "pages/runs.py",
@@ -10,6 +11,7 @@ PAGES = {
 
 PAGE_OF_KIND = {
     "scan": PAGES["outliers"],
+    "mechanism": PAGES["mechanism"],
     "probe": PAGES["sensitivity"],
     "tune": PAGES["fine_tune"],
     "preview": PAGES["fine_tune"],
@@ -21,6 +23,7 @@ PAGE_OF_KIND = {
 
 KIND_TITLES = {
     "scan": "Activation scan",
+    "mechanism": "Mechanism",
     "probe": "Sensitivity probe",
     "tune": "Fine-tuning",
     "preview": "Preview",

@@ -1,4 +1,4 @@
-"""The command line: ``python -m zo_core scan|probe|tune|compare|replay|export|runs|bench|app``.
+"""The command line: ``python -m zo_core scan|mechanism|probe|tune|compare|replay|export|runs|bench|app``.
 
 The same job specs, engine and run store as the app. With ``--json`` the last line of stdout is one
 JSON object (keys in README.md); progress goes to stderr. Exit codes: 0 done, 1 failed, 2 bad
@@ -72,6 +72,14 @@ def scan(fields: dict[str, Any], csv: Csv = None, json: Json = False) -> None:
 
 
 @app.command()
+@with_job_options("mechanism")
+def mechanism(fields: dict[str, Any], json: Json = False) -> None:
+    """Follow a massive activation: who writes and removes it, sinks, what the loss does."""
+    run = launch(fields, json)
+    report(run, follow(run, json), json)
+
+
+@app.command()
 @with_job_options("probe")
 def probe(fields: dict[str, Any], csv: Csv = None, json: Json = False) -> None:
     """Measure how sensitive the loss is to a perturbation of each layer."""
@@ -126,6 +134,14 @@ def bench(
         str | None,
         typer.Option(help="time one step against MeZO: llama2-7b, qwen3-8b or demo"),
     ] = None,
+    probe_shape: Annotated[
+        str | None,
+        typer.Option("--probe", help="time a whole probe: llama2-7b, qwen3-8b or demo"),
+    ] = None,
+    draws: Annotated[int, typer.Option(help="with --probe: draws of z a layer")] = 8,
+    everything: Annotated[
+        bool, typer.Option("--everything", help="with --probe: every further analysis, too")
+    ] = False,
     tasks: Annotated[str, typer.Option(help="with --shape")] = "copa,sst2,wsc,cb,drop",
     data_dir: Annotated[Path | None, typer.Option(help="rows for their lengths")] = None,
     layer: Annotated[int | None, typer.Option(help="tuned layer; none given: the shape's")] = None,
@@ -134,7 +150,10 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="write the Markdown table here")] = None,
     json: Json = False,
 ) -> None:
-    """Time the main job on this machine, or (--shape) one ZO step against MeZO as published."""
+    """Time the main job here; --shape: one ZO step against MeZO's; --probe: a whole probe."""
+    if probe_shape is not None:
+        probe_bench(probe_shape, draws, everything, device, dtype, json)
+        return
     if shape is not None:
         writable(out, "--out", json)
         step_bench(shape, tasks.split(","), data_dir, layer, device, dtype, out, json)
@@ -185,6 +204,31 @@ def step_bench(
         out.write_text(table)
     if as_json:
         typer.echo(to_json(result))
+
+
+def probe_bench(
+    shape: str, draws: int, everything: bool, device: str, dtype: str, as_json: bool
+) -> None:
+    """Time a probe of all layers, in this process: it needs the device for itself."""
+    from zo_core.bench.probe import TARGET, run_probe_bench
+
+    def say(line: str) -> None:
+        typer.echo(f"... {line}", err=True)
+
+    try:
+        found = run_probe_bench(shape, draws, everything, device, dtype, say)
+    except (UserError, ValidationError) as error:
+        refuse(explain(error) if isinstance(error, ValidationError) else str(error), as_json)
+    share = "" if found["utilisation"] is None else f", {found['utilisation']:.0%} of peak"
+    typer.echo(
+        f"{shape}: {found['layers']} layers x {draws} draws, {found['pairs']} pairs of points in "
+        f"{found['seconds']:.1f} s ({found['ms_per_pair']:.1f} ms a pair{share}); weights "
+        f"{'restored' if found['restored'] else 'CHANGED'}"
+    )
+    if shape == "llama2-7b" and draws == 8 and not everything:
+        typer.echo(f"target on an H200: {TARGET:g} s")
+    if as_json:
+        typer.echo(to_json(found))
 
 
 @app.command(name="app")

@@ -163,8 +163,16 @@ def _print_summary(run: Run, summary: dict[str, Any]) -> None:
             typer.echo(
                 f"{rule:12} {'none' if layer is None else f'layer {layer}':9} {verdict['reason']}"
             )
+    elif kind == "mechanism":
+        _print_mechanism(summary)
     elif kind == "probe":
         typer.echo(f"Most sensitive layer: {summary['most_sensitive_layer']} (mean |g|)")
+        if "recommended_eps" in summary:
+            eps = summary["recommended_eps"]
+            found = "none" if eps is None else f"{eps:g}"
+            typer.echo(f"Recommended eps: {found} ({summary['recommended_eps_reason']})")
+        for scaling, layer in summary.get("most_sensitive_scaled", {}).items():
+            typer.echo(f"Largest loss shift, scaling {scaling}: layer {layer}")
         sys.stdout.write(run.result("layers.csv").read_text())
     elif kind == "preview":
         _print_preview(summary)
@@ -204,6 +212,23 @@ def _print_summary(run: Run, summary: dict[str, Any]) -> None:
         typer.echo(summary["out"])
         return
     typer.echo(f"{run.path}")
+
+
+def _print_mechanism(summary: dict[str, Any]) -> None:
+    """Who writes and removes it, and what the loss does without it."""
+    layer = summary["first_outlier_layer"]
+    typer.echo(
+        f"{summary['rule']}: {'none' if layer is None else f'layer {layer}'}. {summary['reason']}"
+    )
+    for role, does in (("writer", "written by"), ("remover", "removed by")):
+        part = summary[role]
+        what = "no single part" if part is None else f"the {part['part']} of layer {part['layer']}"
+        value = "" if part is None else f" ({part['value']:+.4g})"
+        typer.echo(f"channel {summary['channels'][0]} {does} {what}{value}")
+    if summary["sink_share"] is not None:
+        typer.echo(f"largest attention-sink share of a head: {summary['sink_share']:.1%}")
+    for name, worst in summary["loss_change"].items():
+        typer.echo(f"{name:8} loss {worst['change']:+.4f} nats at most, at layer {worst['layer']}")
 
 
 def _print_preview(summary: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ def _metavar(annotation: Any) -> str:
         return "|".join(get_args(annotation))
     if get_origin(annotation) is list:
         (item,) = get_args(annotation)
-        return ",".join(get_args(item)) or "0,3,8"
+        return ",".join(get_args(item)) or {int: "0,3,8", float: "1e-4,1e-3,1e-2"}[item]
     if get_origin(annotation) is dict:
         return "0=terrible,1=great"
     return {int: "N", float: "X", str: "TEXT"}.get(annotation, "PATH")

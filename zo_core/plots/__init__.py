@@ -5,7 +5,10 @@ in real units, Okabe-Ito lines told apart by dash or marker as well, transparent
 and dark both work), and one accent, vermillion, for the first outlier layer.
 """
 
+from zo_core.plots.gradients import distribution, eps_sweep
+from zo_core.plots.mechanism import contributions, interventions, neurons, sinks
 from zo_core.plots.probe import METRICS, overlapping, sensitivity
+from zo_core.plots.propagation import QUANTITIES, ablation, propagation
 from zo_core.plots.scan import channel_heatmap, profile, token_heatmap
 from zo_core.plots.style import number, visible
 from zo_core.plots.tune import AXES, CURVE_POINTS, loss_curve, overlay, smooth, thin
@@ -14,13 +17,22 @@ __all__ = [
     "AXES",
     "CURVE_POINTS",
     "METRICS",
+    "QUANTITIES",
+    "ablation",
     "channel_heatmap",
+    "contributions",
+    "distribution",
+    "eps_sweep",
+    "interventions",
     "loss_curve",
+    "neurons",
     "number",
     "overlapping",
     "overlay",
     "profile",
+    "propagation",
     "sensitivity",
+    "sinks",
     "smooth",
     "thin",
     "token_heatmap",

@@ -13,10 +13,17 @@ METRICS = {
     "projected_gradient": ("Projected gradient (signed)", "nats per unit of z"),
     "loss_shift": ("Loss shift", "nats"),
     "output_kl": ("Output KL", "nats"),
+    "own_output_change": ("Change of the own output", "relative"),
+    "final_output_change": ("Change of the last block's output", "relative"),
 }
 """Metrics of a probe: title and unit."""
 
-NON_NEGATIVE = ("abs_projected_gradient", "output_kl")
+NON_NEGATIVE = (
+    "abs_projected_gradient",
+    "output_kl",
+    "own_output_change",
+    "final_output_change",
+)
 """Metrics that cannot be below 0: an interval of theirs is cut there."""
 
 # fmt: off

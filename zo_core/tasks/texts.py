@@ -5,7 +5,7 @@ import json
 from transformers import PreTrainedTokenizerBase
 
 from zo_core.errors import UserError
-from zo_core.jobs import ScanJob
+from zo_core.jobs import TextFields
 from zo_core.tasks.catalog import SAMPLES
 from zo_core.tasks.data import load_job_task
 
@@ -13,8 +13,8 @@ SHORTEST = 4
 """Tokens below which a text says nothing of a layer."""
 
 
-def texts_of(job: ScanJob) -> list[str]:
-    """The texts that a scan asks for, at most ``job.sequences``.
+def texts_of(job: TextFields) -> list[str]:
+    """The texts that a job asks for, at most ``job.sequences``.
 
     Raises:
         UserError: the task's data cannot be found.

@@ -224,6 +224,26 @@ class FastForward:
         hidden = self._frozen.output(examples, ids, positions, packing)
         return Prepared(ids, None, scored, positions, packing, hidden)
 
+    def begin_at(self, layer: int) -> None:
+        """Take another layer as the lowest tuned one, without compiled blocks or graphs.
+
+        The prefix of a batch is then up to the caller: ``Prepared.hidden`` is the layer's input, as
+        :meth:`trace` has seen it.
+        """
+        assert not self._compiled, "blocks are compiled for one tuned layer"
+        assert self._graphed is None, "graphs are captured for one tuned layer"
+        self._frozen.begin_at(layer)
+
+    @torch.no_grad()
+    def trace(self, prepared: Prepared) -> torch.Tensor:
+        """Logits [U, V] of a whole pass from layer 0, after which any layer can be begun at."""
+        self.begin_at(0)
+        handle = self._loaded.decoder.blocks[0].register_forward_hook(self._frozen.see)
+        try:
+            return self._run(replace(prepared, hidden=None), 1)
+        finally:
+            handle.remove()
+
     @torch.no_grad()
     def logits(self, prepared: Prepared) -> torch.Tensor:
         """Logits [U, V] at the scored places."""
@@ -250,7 +270,7 @@ class FastForward:
             points: n points.
             owed: see :func:`~zo_core.zo.points.write_points`; only where :meth:`pairs` is true.
         """
-        if not self.pairs(scope):
+        if len(points) < 2 or not self.pairs(scope):
             return _one_by_one(self, prepared, scope, points)
         self._place_weights(scope, points, owed)
         try:

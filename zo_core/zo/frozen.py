@@ -37,6 +37,15 @@ class FrozenLayers:
         self._returned = 0
         """How many values a block returns in a tuple; 0 if it returns the hidden states alone."""
 
+    def begin_at(self, layer: int) -> None:
+        """Freeze the layers below another one from now on; nothing may be registered."""
+        assert not self._chunks, "cached prefixes belong to one layer"
+        self._layer = layer
+
+    def see(self, _module: nn.Module, _args: Any, output: object) -> None:
+        """A forward hook for a block: note in what form it returns the hidden states."""
+        self._returned = len(output) if isinstance(output, tuple | list) else 0
+
     def register(self, examples: Sequence[Example]) -> None:
         """Announce a data set whose prefixes are to be cached, if they fit the budget.
 
@@ -125,14 +134,11 @@ class FrozenLayers:
         """Input of the lowest tuned layer, [1, T, H]: the model runs up to there and stops."""
         blocks = self._loaded.decoder.blocks
 
-        def see(_module: nn.Module, _args: Any, output: object) -> None:
-            self._returned = len(output) if isinstance(output, tuple | list) else 0
-
         def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             raise _Reached(args[0] if args else kwargs["hidden_states"])
 
         handles = [
-            blocks[0].register_forward_hook(see),
+            blocks[0].register_forward_hook(self.see),
             blocks[self._layer].register_forward_pre_hook(stop, with_kwargs=True),
         ]
         try:

@@ -152,7 +152,7 @@ def pack(
         first_of_group = len(places)
         for number, row in enumerate(group):
             known = places[first_of_group] if number else ()
-            common = _common_start(group[0], row) if number else 0
+            common = common_start(group[0], row) if number else 0
             start = len(ids)
             own = range(start, start + len(row) - common)
             places.append((*known[:common], *own))
@@ -352,7 +352,8 @@ def _softcapped(
 AttentionInterface.register(NAME, attention)
 
 
-def _common_start(one: Sequence[int], other: Sequence[int]) -> int:
+def common_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """Length of the common start of two token rows."""
     count = 0
     for a, b in zip(one, other, strict=False):
         if a != b:
