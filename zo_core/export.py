@@ -1,6 +1,7 @@
 """Files that leave the app: CSV tables, JSON sidecars and self-contained HTML reports."""
 
 import html
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,13 @@ def csv_bytes(table: pd.DataFrame) -> bytes:
     for column in safe.select_dtypes(include=["object", "string", "category"]):
         safe[column] = safe[column].astype(object).map(safe_cell)
     return safe.to_csv(index=False, lineterminator="\n").encode()
+
+
+def parquet_bytes(table: pd.DataFrame) -> bytes:
+    """A table as Parquet."""
+    buffer = io.BytesIO()
+    table.to_parquet(buffer, index=False)
+    return buffer.getvalue()
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:
