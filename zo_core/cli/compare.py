@@ -146,9 +146,9 @@ def _alone(
     comparison = store.get(report or "")
     if out is None or out.is_dir() or not out.absolute().parent.is_dir():
         raise UserError("--report ID: name a file in a folder that is there, as --out report.html.")
-    from zo_core.compare.report import report_bytes
+    from zo_core.reports.compare import comparison_report
 
-    out.write_bytes(report_bytes(comparison))
+    out.write_bytes(comparison_report(comparison))
     answer = {"comparison_id": comparison.comparison_id, "out": str(out.absolute())}
     typer.echo(to_json(answer) if as_json else str(out))
     raise typer.Exit

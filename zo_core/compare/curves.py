@@ -5,13 +5,13 @@ import pandas as pd
 
 from zo_core import runs
 from zo_core.compare.outcomes import DIVERGED, DONE, FAILED
+from zo_core.compare.reader import CURVES
 from zo_core.compare.results import Results
 
 POINTS = 80
 """Points of a curve."""
 SPAN = 20
 """A point is an exponential moving average over a SPAN-th of the run's steps so far."""
-COLUMNS = ["task", "arm", "seed", "forward_passes", "loss"]
 
 
 class Curves:
@@ -33,7 +33,7 @@ class Curves:
                 if m.state in (DONE, FAILED, DIVERGED):
                     self._ended[m.run_id] = curve
             found.append(curve.assign(task=m.task, arm=m.arm, seed=m.seed))
-        return pd.concat(found)[COLUMNS] if found else pd.DataFrame(columns=COLUMNS, dtype=float)
+        return pd.concat(found)[CURVES] if found else pd.DataFrame(columns=CURVES, dtype=float)
 
 
 def _read(run_id: str) -> pd.DataFrame:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from zo_core.compare.results import ALL, Results
+from zo_core.compare.reader import ALL
+from zo_core.compare.results import Results
 from zo_core.compare.spec import Arm
 from zo_core.compare.stats import Floats, clean, compare, holm, sign_flip_p
 

@@ -5,13 +5,12 @@ from collections import defaultdict
 import pandas as pd
 
 from zo_core import runs
-from zo_core.compare.results import ALL, Results
+from zo_core.compare.reader import ACTIVATION, ALL, SENSITIVITY
+from zo_core.compare.results import Results
 from zo_core.compare.stats import bootstrap_interval, rank_correlation, summarise
 from zo_core.scope_spec import parse
 
 GAINS = ["task", "layer", "n", "mean", "sd", "low", "high"]
-ACTIVATION = ["layer", "top1", "median"]
-SENSITIVITY = ["task", "layer", "metric", "mean", "sd", "se", "n"]
 FELT = "abs_projected_gradient"
 """The metric of a probe that gains are held against."""
 

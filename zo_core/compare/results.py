@@ -11,8 +11,6 @@ from zo_core.compare.store import Comparison
 from zo_core.scope_spec import parse
 
 WAITING = "waiting"
-ALL = "all"
-"""The task column of rows over all tasks, where there are several."""
 Unit = tuple[str, int]
 """Task and seed."""
 

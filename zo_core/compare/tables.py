@@ -17,7 +17,8 @@ from zo_core.compare.profile import (
     layer_gains,
     sensitivity_profile,
 )
-from zo_core.compare.results import ALL, Results, provenance_of
+from zo_core.compare.reader import ALL
+from zo_core.compare.results import Results, provenance_of
 from zo_core.compare.spec import Arm
 from zo_core.compare.stats import Paired, compare, holm, summarise
 from zo_core.compare.store import Comparison

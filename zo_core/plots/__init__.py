@@ -5,6 +5,7 @@ in real units, Okabe-Ito lines told apart by dash or marker as well, transparent
 and dark both work), and one accent, vermillion, for the first outlier layer.
 """
 
+from zo_core.plots.compare import differences, layer_sweep, small_multiples
 from zo_core.plots.probe import METRICS, overlapping, sensitivity
 from zo_core.plots.scan import channel_heatmap, profile, token_heatmap
 from zo_core.plots.style import number, visible
@@ -15,12 +16,15 @@ __all__ = [
     "CURVE_POINTS",
     "METRICS",
     "channel_heatmap",
+    "differences",
+    "layer_sweep",
     "loss_curve",
     "number",
     "overlapping",
     "overlay",
     "profile",
     "sensitivity",
+    "small_multiples",
     "smooth",
     "thin",
     "token_heatmap",
