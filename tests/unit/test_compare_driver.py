@@ -16,8 +16,9 @@ from zo_core.compare.driver import Snapshot, run_comparison
 from zo_core.compare.results import collect
 from zo_core.compare.spec import CompareSpec
 from zo_core.compare.store import Comparison
-from zo_core.compare.tables import as_dict, write_tables
+from zo_core.compare.tables import as_dict
 from zo_core.errors import NOT_FINITE, UserError
+from zo_core.export import json_bytes
 from zo_core.jobs import TuneJob
 from zo_core.runs import Run
 from zo_core.settings import settings
@@ -219,13 +220,13 @@ def test_another_process_can_cancel_and_none_can_join(play: Any) -> None:
 
     def from_outside(now: Snapshot) -> None:
         if now.running:
-            assert made.worked_on
+            assert made.status().state == "running"
             with pytest.raises(UserError, match="is being run by another process"):
                 run_comparison(made, quiet)
             made.request_cancel()
 
     assert not run_comparison(made, from_outside)
-    assert not made.worked_on
+    assert made.status().state == "cancelled"
 
 
 def test_where_nothing_works_it_stops_early(play: Any) -> None:
@@ -253,14 +254,13 @@ def test_tables(play: Any) -> None:
     play(lambda job, n: "done")
     made = comparison(seeds=[0, 1, 2])
     run_comparison(made, quiet)
-    files = write_tables(made, as_dict(made, collect(made)))
-    assert set(files) == {"table.csv", "table.json", "table.md", "measurements.csv", "search.csv"}
-    assert all((made.path / name).read_bytes() == data for name, data in files.items())
-    facts = json.loads(files["table.json"])
+    assert all((made.path / name).is_file() for name in store.RESULTS)
+    facts = json.loads((made.path / "table.json").read_text())
+    assert facts == json.loads(json_bytes(as_dict(made, collect(made))))
     assert [r["arm"] for r in facts["arms"]] == ["shot", "full", "one"]
     assert [r["lr"] for r in facts["search"] if r["chosen"]] == [0.2]
     assert {c["key"] for c in facts["claims"]} == {"a", "e"}
-    text = files["table.md"].decode()
+    text = (made.path / "table.md").read_text()
     assert "| reviews | full | 0.2 | 3 | 99.00 | 1.00 |" in text
     assert "python -m zo_core compare spec.json" in text
     assert "scipy" in text

@@ -41,10 +41,8 @@ def test_gain_of_every_layer() -> None:
 
 
 def test_rank_correlations_with_scan_and_probe() -> None:
-    scan = pd.DataFrame({"layer": range(-1, LAYERS), "top1": [0, 1, 4, 9, 16, 25], "median": 2.0})
-    probe = pd.DataFrame(
-        {"layer": range(LAYERS), "metric": "abs_projected_gradient", "mean": [5.0, 4, 3, 2, 1]}
-    )
+    scan = pd.DataFrame({"layer": range(LAYERS), "top1": [1, 4, 9, 16, 25], "median": 2.0})
+    probe = pd.DataFrame({"layer": range(LAYERS), "mean": [5.0, 4, 3, 2, 1]})
     table = rank_correlations(layer_gains(results()), scan, probe).set_index(["a", "b"])
     assert table["rho"].to_dict() == {
         ("gain", "outlier"): pytest.approx(1),
@@ -52,4 +50,6 @@ def test_rank_correlations_with_scan_and_probe() -> None:
         ("outlier", "sensitivity"): pytest.approx(-1),
     }
     assert table.loc[("gain", "outlier"), "p"] == pytest.approx(2 / 120), "of all orders of five"
-    assert rank_correlations(layer_gains(results()).head(3), scan, None)["rho"].isna().all()
+    assert (
+        rank_correlations(layer_gains(results()).head(3), scan, probe.head(0))["rho"].isna().all()
+    )

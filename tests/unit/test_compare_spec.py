@@ -5,15 +5,15 @@ from typing import Any
 
 import pytest
 
-from zo_core.cli.launch import check
 from zo_core.compare.budget import passes_per_step
 from zo_core.compare.cells import Cell, make_plan
-from zo_core.compare.files import make_spec, read_fields
+from zo_core.compare.files import as_yaml, make_spec, parse_fields, placed, read_fields
 from zo_core.compare.outcomes import DIVERGED, FAILED, Outcome
 from zo_core.compare.presets import PRESETS
 from zo_core.compare.spec import COMMON, CompareSpec
 from zo_core.errors import UserError
-from zo_core.jobs import TuneJob, recommended_lr
+from zo_core.jobs import ProbeJob, TuneJob, recommended_lr
+from zo_core.preflight import check
 
 ARMS = [{"name": "full", "scope": "full"}, {"name": "one", "scope": "layer:auto"}]
 
@@ -132,10 +132,12 @@ def test_grid_is_around_the_recommended_rate() -> None:
 
 
 def outcomes_by(losses: dict[float, float | str]) -> Any:
-    """Every search cell settled: a dev loss, or a state."""
+    """Search cells that are settled, by rate: a dev loss, or a state."""
 
     def outcome(cell: Cell) -> Outcome | None:
-        found = losses[cell.lr]
+        found = losses.get(cell.lr)
+        if found is None:
+            return None
         if isinstance(found, str):
             return Outcome("run", found, "The disk is full.")
         summary = {"dev": {"loss": found}, "metric": "accuracy", "after": {"loss": -found}}
@@ -156,17 +158,48 @@ def test_search_comes_first_and_the_lowest_dev_loss_wins() -> None:
     assert plan.choices["reviews", "x"].lr == 0.2
     assert not plan.choices["reviews", "x"].at_edge
     assert [(c.lr, c.seed, c.steps) for c in plan.cells[3:]] == [(0.2, 0, 12), (0.2, 1, 12)]
-    assert (
-        make_plan(spec, outcomes_by({0.1: 0.4, 0.2: 0.5, 0.3: 0.6})).choices["reviews", "x"].at_edge
-    )
+
+
+def one_arm(**fields: Any) -> CompareSpec:
+    return spec_of(arms=[{"name": "x", "scope": "full", "lr": [0.1, 0.2]}], **fields)
+
+
+def test_a_grid_grows_beyond_its_edge_until_the_best_is_inside() -> None:
+    """One rate at a time, by the factor of the grid there, as often as allowed."""
+    spec = one_arm(lr_extensions=2)
+    up = {0.1: 0.6, 0.2: 0.5}
+    growing = make_plan(spec, outcomes_by(up))
+    assert [c.lr for c in growing.search] == [0.1, 0.2, 0.4]
+    assert not growing.choices
+    assert not growing.final
+    inside = make_plan(spec, outcomes_by(up | {0.4: 0.7})).choices["reviews", "x"]
+    assert (inside.lr, inside.added, inside.at_edge) == (0.2, 1, False)
+    further = make_plan(spec, outcomes_by(up | {0.4: DIVERGED})).choices["reviews", "x"]
+    assert (further.lr, further.added, further.at_edge) == (0.2, 1, False)
+    bound = make_plan(spec, outcomes_by(up | {0.4: 0.4, 0.8: 0.3}))
+    choice = bound.choices["reviews", "x"]
+    assert (choice.lr, choice.added, choice.at_edge) == (0.8, 2, True), "said, not hidden"
+    assert bound.total == len(bound.cells) == 4 + len(spec.seeds)
+    assert spec.most_tries(spec.arms[0]) == 4
+
+    down = make_plan(spec, outcomes_by({0.1: 0.5, 0.2: 0.6}))
+    assert [c.lr for c in down.search] == [0.05, 0.1, 0.2]
+    flat = make_plan(spec, outcomes_by({0.1: 0.5, 0.2: 0.5})).choices["reviews", "x"]
+    assert (flat.lr, flat.added, flat.at_edge) == (0.1, 0, True), "nothing to gain beyond"
+    fixed = make_plan(one_arm(lr_extensions=0), outcomes_by(up)).choices["reviews", "x"]
+    assert (fixed.lr, fixed.added) == (0.2, 0)
 
 
 def test_an_arm_whose_rates_all_fail_is_given_up() -> None:
-    spec = spec_of(arms=[{"name": "x", "scope": "full", "lr": [1, 2]}])
-    plan = make_plan(spec, outcomes_by({1.0: DIVERGED, 2.0: DIVERGED}))
-    assert "every learning rate of the grid diverged" in plan.choices["reviews", "x"].reason
-    assert len(plan.cells) == plan.total == 2
-    plan = make_plan(spec, outcomes_by({1.0: DIVERGED, 2.0: FAILED}))
+    spec = one_arm(lr_extensions=1)
+    diverged = {0.1: DIVERGED, 0.2: DIVERGED}
+    assert [c.lr for c in make_plan(spec, outcomes_by(diverged)).search] == [0.05, 0.1, 0.2]
+    saved = make_plan(spec, outcomes_by(diverged | {0.05: 0.5})).choices["reviews", "x"]
+    assert saved.lr == 0.05
+    plan = make_plan(spec, outcomes_by(diverged | {0.05: DIVERGED}))
+    assert "every learning rate that was tried diverged" in plan.choices["reviews", "x"].reason
+    assert len(plan.cells) == plan.total == 3
+    plan = make_plan(spec, outcomes_by({0.1: DIVERGED, 0.2: FAILED}))
     assert plan.choices["reviews", "x"].reason == "The disk is full."
 
 
@@ -210,6 +243,10 @@ def test_presets_hold_the_arms_they_promise() -> None:
     assert scopes("layers") == ["zero-shot", "full", *singles]
     assert {"all-but:auto", "full", "zero-shot", "random-layer:{seed}"} < set(scopes("falsify"))
     assert set(singles) < set(scopes("falsify"))
+    inplace = [a for a in make_spec(read_fields("falsify"), {}).arms if a.settings]
+    assert {(a.scope, a.settings["dtype"]) for a in inplace} == {
+        (scope, dtype) for scope in ("full", "layer:auto") for dtype in ("float16", "bfloat16")
+    }
     wanted = {"full", "layer:auto", "layers:auto,14", "attention:auto", "mlp:auto", "prefix"}
     wanted |= {"channels:auto:top1%", "channels:auto:rest1%", "all-but:auto", "lora", "lora:auto"}
     wanted |= {"random-layer:1", "random-layer:2", "sparse:25%", "zero-shot"}
@@ -227,3 +264,43 @@ def test_a_random_layer_may_differ_by_seed() -> None:
 def test_common_fields_are_those_of_a_job() -> None:
     assert set(TuneJob.model_fields) > COMMON
     assert not {"scope", "lr", "seed", "task", "steps", "optimizer"} & COMMON
+
+
+def test_scan_and_probes_are_part_of_comparisons_of_layers() -> None:
+    spec = make_spec(read_fields("layers"), {"tasks": ["reviews", "sst2"], "dtype": "float32"})
+    plan = make_plan(spec, lambda cell: None)
+    assert [c.key for c in plan.cells[:3]] == [
+        "profile/scan/",
+        "profile/probe/reviews",
+        "profile/probe/sst2",
+    ]
+    scan, _, probe = (c.job(spec) for c in plan.profiles)
+    assert (scan.kind, scan.dtype, probe.kind) == ("scan", "float32", "probe")
+    assert isinstance(probe, ProbeJob)
+    assert (probe.task, probe.dtype, probe.seed) == ("sst2", "float32", spec.search_seed)
+    assert not make_plan(spec_of(), lambda cell: None).profiles
+    assert len(make_plan(spec_of(profiles=True), lambda cell: None).profiles) == 2
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_spec_as_yaml_is_the_same_spec(name: str) -> None:
+    over = {"lr_factors": [0.1, 1], "data_dir": "/data of mine", "eps": 1e-4}
+    spec = make_spec(read_fields(name), over)
+    assert make_spec(parse_fields(as_yaml(spec), "it"), {}) == spec
+
+
+def test_places_are_absolute_and_hold_the_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="has no sst2/train.jsonl"):
+        placed(spec_of(tasks=["sst2"], data_dir="here"))
+    with pytest.raises(UserError, match="'nothing' is unknown"):
+        placed(spec_of(tasks=["nothing"]))
+    with pytest.raises(UserError, match="Layer 16 is out of range"):
+        placed(spec_of(**arm(scope="layer:16")))
+    (tmp_path / "here/sst2").mkdir(parents=True)
+    for split in ("train", "validation"):
+        (tmp_path / f"here/sst2/{split}.jsonl").touch()
+    found = placed(spec_of(tasks=["sst2"], data_dir="here"))
+    assert found.common["data_dir"] == str(tmp_path / "here")

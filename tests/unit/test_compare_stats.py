@@ -6,18 +6,16 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
+from zo_core.compare.power import least_units, smallest_p, units_needed
 from zo_core.compare.stats import (
     EXACT_UP_TO,
     bootstrap_interval,
     compare,
     effect_size,
     holm,
-    least_units,
     rank_correlation,
     sign_flip_p,
-    smallest_p,
     summarise,
-    units_needed,
     wilcoxon_p,
 )
 

@@ -1,6 +1,7 @@
 """``python -m zo_core compare``: run a comparison and print its tables and verdict."""
 
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -8,24 +9,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from zo_core.cli.launch import CANCELLED, FAILED, absolute, check, refuse
+from zo_core.cli.launch import CANCELLED, FAILED, refuse
 from zo_core.compare import store
 from zo_core.compare.driver import Snapshot, run_comparison
-from zo_core.compare.files import make_spec, read_fields
+from zo_core.compare.files import make_spec, placed, read_fields
+from zo_core.compare.markdown import search_notes
 from zo_core.compare.presets import PRESETS
-from zo_core.compare.store import Comparison
+from zo_core.compare.store import RESULTS, Comparison
 from zo_core.errors import UserError
 from zo_core.runs import to_json
 
 LINE_EVERY = 15.0
 """Seconds between progress lines while no cell ends."""
-PLACES = ("model", "data_dir", "task_file")
 LISTS = ("tasks", "seeds", "lr_factors")
 
 
@@ -54,11 +55,18 @@ def compare(
     resume: Annotated[
         str | None, typer.Option(metavar="ID", help="go on with a stopped comparison")
     ] = None,
+    cancel: Annotated[
+        str | None, typer.Option(metavar="ID", help="stop a comparison that runs elsewhere")
+    ] = None,
+    report_: Annotated[
+        str | None, typer.Option("--report", metavar="ID", help="write its HTML report to --out")
+    ] = None,
     json: Annotated[
         bool, typer.Option("--json", help="print one JSON object as the last line")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="also write the tables here")
+        Path | None,
+        typer.Option(metavar="DIR", help="also write the tables here; with --report: a file"),
     ] = None,
 ) -> None:
     """Compare arms over seeds and tasks: which layer should I tune, and how sure are we?"""
@@ -75,6 +83,8 @@ def compare(
     }
     over = {name: value for name, value in over.items() if value is not None}
     try:
+        if cancel is not None or report_ is not None:
+            _alone(cancel, report_, out, bool(source or over or set_ or resume), json)
         over |= dict(_assignment(text) for text in set_ or [])
         comparison = _open(source, over, resume)
         if out is not None:
@@ -112,23 +122,39 @@ def _open(source: str | None, over: dict[str, Any], resume: str | None) -> Compa
     for name in LISTS:
         if name in over:
             over[name] = [part.strip() for part in over[name].split(",") if part.strip()]
-    spec = make_spec(read_fields(source, over.get("model"), over.get("revision")), over)
-    # The worker may have another working directory, and another ZO_DATA_DIR.
-    placed = [absolute(spec.common | {"task": one}) for one in spec.tasks]
-    found = {n: str(v) for fields in placed for n, v in fields.items() if n in PLACES}
-    spec = make_spec(spec.model_dump(), found)
-    for one in spec.tasks:
-        for arm in spec.arms:
-            if arm.tunes:
-                check(spec.job(arm, one, spec.seeds[0]))
+    spec = placed(make_spec(read_fields(source, over.get("model"), over.get("revision")), over))
     return store.create(spec, shlex.join(["python", "-m", "zo_core", *sys.argv[1:]]))
 
 
-def _run(comparison: Comparison, as_json: bool, out: Path | None) -> None:
-    # Here, as every command would wait for pandas and scipy to be imported.
-    from zo_core.compare.results import collect
-    from zo_core.compare.tables import as_dict, write_tables
+def _alone(
+    cancel: str | None, report: str | None, out: Path | None, more: bool, as_json: bool
+) -> NoReturn:
+    """Stop a comparison, or write its report.
 
+    Raises:
+        UserError: bad input.
+        OSError: the report cannot be written.
+    """
+    if more or (cancel is not None and (report is not None or out is not None)):
+        raise UserError("--cancel ID stands alone, --report ID goes with --out FILE only.")
+    if cancel is not None:
+        comparison = store.get(cancel)
+        comparison.request_cancel()
+        answer = {"comparison_id": cancel, "state": comparison.status().state}
+        typer.echo(to_json(answer) if as_json else f"Asked {cancel} to stop.")
+        raise typer.Exit
+    comparison = store.get(report or "")
+    if out is None or out.is_dir() or not out.absolute().parent.is_dir():
+        raise UserError("--report ID: name a file in a folder that is there, as --out report.html.")
+    from zo_core.reports.compare import comparison_report
+
+    out.write_bytes(comparison_report(comparison))
+    answer = {"comparison_id": comparison.comparison_id, "out": str(out.absolute())}
+    typer.echo(to_json(answer) if as_json else str(out))
+    raise typer.Exit
+
+
+def _run(comparison: Comparison, as_json: bool, out: Path | None) -> None:
     typer.echo(f"comparison {comparison.comparison_id}", err=True)
     error = ""
     finished = False
@@ -137,11 +163,12 @@ def _run(comparison: Comparison, as_json: bool, out: Path | None) -> None:
             finished = run_comparison(comparison, _Lines(), stop)
         except UserError as caught:
             error = str(caught)
-    facts = as_dict(comparison, collect(comparison))
-    for name, data in write_tables(comparison, facts).items():
-        if out is not None:
-            (out / name).write_bytes(data)
-    if not as_json:
+    facts = comparison.read_json("table.json") or {"comparison_id": comparison.comparison_id}
+    if out is not None:
+        for name in RESULTS:
+            if (comparison.path / name).is_file():
+                shutil.copyfile(comparison.path / name, out / name)
+    if not as_json and "arms" in facts:
         _print(facts)
     again = f"Go on with: python -m zo_core compare --resume {comparison.comparison_id}"
     if error:
@@ -219,6 +246,10 @@ def _print(facts: dict[str, Any]) -> None:
     typer.echo(f"mean, sd in points; differences to {facts['baseline']}")
     for claim in facts["claims"]:
         typer.echo(f"{claim['text']}: {claim['sentence']}")
+    for row in facts["precision"]:
+        typer.echo(f"{row['task']}: {row['what']}: {row['finding']}")
+    for sentence in [*search_notes(facts), *filter(None, [facts["power"]])]:
+        typer.echo(sentence)
     typer.echo(facts["path"])
 
 

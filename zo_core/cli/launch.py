@@ -11,14 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from zo_core import backend, runs
-from zo_core.artifacts.place import prepare, prepare_ledger
 from zo_core.errors import UserError
-from zo_core.jobs import JOB, ExportJob, ReplayJob, TaskChoice, explain
-from zo_core.models.catalog import describe, resolve
+from zo_core.jobs import JOB, explain
+from zo_core.preflight import absolute, check
 from zo_core.runs import Run, Status, to_json
-from zo_core.scope_spec import parse
-from zo_core.settings import settings
-from zo_core.tasks.catalog import METRIC_NAMES, OWN, TASKS, find_task
+from zo_core.tasks.catalog import METRIC_NAMES
 
 FAILED, BAD_INPUT, CANCELLED = 1, 2, 130
 
@@ -40,57 +37,6 @@ def launch(fields: dict[str, Any], as_json: bool, resume: str | None = None) -> 
         refuse(explain(error), as_json)
     except (UserError, runs.RunNotFoundError) as error:
         refuse(str(error), as_json)
-
-
-def absolute(fields: dict[str, Any]) -> dict[str, Any]:
-    """The same fields with absolute paths: the worker may have another working directory."""
-    fields = dict(fields)
-    task = TASKS.get(fields.get("task", ""))
-    if task is not None and not task.bundled and settings().data_dir:
-        fields.setdefault("data_dir", settings().data_dir)
-    for name in ("data_dir", "task_file", "ledger", "out"):
-        if fields.get(name) is not None:
-            fields[name] = Path(fields[name]).expanduser().absolute()
-    if fields.get("model"):
-        source, folder = resolve(fields["model"])
-        if source == "local":
-            fields["model"] = str(Path(folder).absolute())
-    return fields
-
-
-def check(job: Any) -> None:
-    """Find what is wrong with a valid spec before a run is made of it.
-
-    Raises:
-        UserError: an unknown task, a layer that the model does not have, a run that cannot be
-            exported, or a path in use.
-    """
-    if isinstance(job, ExportJob):
-        prepare(job)
-    if isinstance(job, ReplayJob) and job.ledger is not None:
-        prepare_ledger(job)
-    if hasattr(job, "task"):
-        _check_task(job)
-    if not getattr(job, "model", None) or resolve(job.model)[0] == "hub":
-        return  # the worker asks the hub
-    layers = list(getattr(job, "layers", None) or [])
-    if hasattr(job, "scope"):
-        layers += parse(job.scope).numbers
-    info = describe(job.model, getattr(job, "revision", None))
-    for layer in layers:
-        if layer >= info.n_layers:
-            raise UserError(
-                f"Layer {layer} is out of range: {job.model} has layers 0 to {info.n_layers - 1}."
-            )
-
-
-def _check_task(job: TaskChoice) -> None:
-    if job.task != OWN:
-        find_task(job.task)
-        return
-    from zo_core.tasks.data import load_job_task  # reads Parquet: slow to import
-
-    load_job_task(job, dev_examples=0)
 
 
 def writable(path: Path | None, option: str, as_json: bool) -> None:

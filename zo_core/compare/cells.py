@@ -2,21 +2,27 @@
 
 For every task and arm with more than one learning rate, each is tried once with ``search_seed``;
 the one with the lowest loss on the **dev** rows is kept, and used with every seed. Validation rows,
-which results are measured on, take no part in the choice.
+which results are measured on, take no part in the choice. While the best rate is the smallest or
+largest of its grid, the grid grows by one factor in that direction, ``lr_extensions`` times at
+most.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from zo_core.compare.outcomes import DIVERGED, FAILED, Outcome
 from zo_core.compare.spec import Arm, CompareSpec
-from zo_core.jobs import TuneJob
+from zo_core.jobs import ProbeJob, ScanJob, TuneJob
+
+LR_RANGE = (1e-12, 1e3)
+"""A grid does not grow beyond these."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One run of a comparison."""
+    """One tuning run of a comparison."""
 
     task: str
     arm: str
@@ -37,6 +43,23 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True)
+class ProfileCell:
+    """A scan, or the probe of a task: what inference alone says of the layers."""
+
+    kind: Literal["scan", "probe"]
+    task: str = ""
+
+    @property
+    def key(self) -> str:
+        """Its name in ``cells.jsonl``."""
+        return f"profile/{self.kind}/{self.task}"
+
+    def job(self, spec: CompareSpec) -> ScanJob | ProbeJob:
+        """The job that fills it."""
+        return spec.scan_job() if self.kind == "scan" else spec.probe_job(self.task)
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
     """The learning rate of an arm on a task."""
 
@@ -44,8 +67,12 @@ class Choice:
     """None: every candidate failed."""
     dev_losses: dict[float, float | None]
     """Dev loss of every candidate; None: it failed or diverged. Empty if there was one only."""
+    added: int = 0
+    """Candidates that were added at an edge of the grid."""
     reason: str = ""
-    """Why there is none."""
+    """Why there is no rate."""
+    diverged: bool = False
+    """Every candidate diverged."""
 
     @property
     def at_edge(self) -> bool:
@@ -58,11 +85,18 @@ class Choice:
 class Plan:
     """The cells that are known by now, and the choices they follow from."""
 
-    cells: list[Cell]
+    profiles: list[ProfileCell]
+    search: list[Cell]
+    final: list[Cell]
     choices: dict[tuple[str, str], Choice]
     """By task and arm, once decided."""
     total: int
-    """Cells there will be in all."""
+    """Cells there will be in all, as far as known: a grid may still grow."""
+
+    @property
+    def cells(self) -> list[Cell | ProfileCell]:
+        """Everything that can be run now, each once."""
+        return [*self.profiles, *dict.fromkeys(self.search + self.final)]
 
 
 def make_plan(spec: CompareSpec, outcome: Callable[[Cell], Outcome | None]) -> Plan:
@@ -75,14 +109,14 @@ def make_plan(spec: CompareSpec, outcome: Callable[[Cell], Outcome | None]) -> P
     search: list[Cell] = []
     final: list[Cell] = []
     choices: dict[tuple[str, str], Choice] = {}
-    total = 0
+    profiles = list(profile_cells(spec))
+    total = len(profiles)
     for task in spec.tasks:
         for arm in spec.arms:
             if not arm.tunes:
                 continue
-            tries = list(search_cells(spec, task, arm))
+            tries, choice = _search(spec, task, arm, outcome)
             search += tries
-            choice = _choose(spec, arm, tries, outcome)
             total += len(tries)
             if choice is not None:
                 choices[task, arm.name] = choice
@@ -94,18 +128,14 @@ def make_plan(spec: CompareSpec, outcome: Callable[[Cell], Outcome | None]) -> P
             total += sum((c.seed, c.steps) not in tried for c in planned)
             if choice is not None:
                 final += planned
-    cells = list(dict.fromkeys(search + final))
-    return Plan(cells, choices, total)
+    return Plan(profiles, search, final, choices, total)
 
 
-def search_cells(spec: CompareSpec, task: str, arm: Arm) -> Iterator[Cell]:
-    """The runs that try learning rates; none if there is only one."""
-    grid = spec.grid(arm)
-    if len(grid) == 1:
-        return
-    steps = spec.job(arm, task, spec.search_seed, searching=True).steps
-    for lr in grid:
-        yield Cell(task, arm.name, lr, spec.search_seed, steps, searching=True)
+def profile_cells(spec: CompareSpec) -> Iterator[ProfileCell]:
+    """A scan of the model and a probe on every task, if the comparison asks for them."""
+    if spec.wants_profiles:
+        yield ProfileCell("scan")
+        yield from (ProfileCell("probe", task) for task in spec.tasks)
 
 
 def final_cells(spec: CompareSpec, task: str, arm: Arm, lr: float) -> Iterator[Cell]:
@@ -114,24 +144,61 @@ def final_cells(spec: CompareSpec, task: str, arm: Arm, lr: float) -> Iterator[C
         yield Cell(task, arm.name, lr, seed, spec.job(arm, task, seed).steps)
 
 
+def _search(
+    spec: CompareSpec, task: str, arm: Arm, outcome: Callable[[Cell], Outcome | None]
+) -> tuple[list[Cell], Choice | None]:
+    """The runs that try learning rates, and the choice once they have ended."""
+    rates = spec.grid(arm)
+    if len(rates) == 1:
+        return [], Choice(rates[0], {})
+    seed = spec.search_seed
+    steps = spec.job(arm, task, seed, searching=True).steps
+    for added in range(spec.lr_extensions + 1):
+        tries = [Cell(task, arm.name, lr, seed, steps, searching=True) for lr in rates]
+        choice = _choose(tries, outcome, added)
+        beyond = None if choice is None else _beyond(choice)
+        if beyond is None or added == spec.lr_extensions:
+            break
+        rates = sorted([*rates, beyond])
+    return tries, choice
+
+
 def _choose(
-    spec: CompareSpec, arm: Arm, tries: list[Cell], outcome: Callable[[Cell], Outcome | None]
+    tries: Sequence[Cell], outcome: Callable[[Cell], Outcome | None], added: int
 ) -> Choice | None:
     """The learning rate with the lowest dev loss; None while candidates are being tried."""
-    if not tries:
-        return Choice(spec.grid(arm)[0], {})
     found = [outcome(cell) for cell in tries]
     if not all(o is not None and o.settled for o in found):
         return None
     losses = {c.lr: o.dev_loss for c, o in zip(tries, found, strict=True) if o is not None}
     finite = {lr: loss for lr, loss in losses.items() if loss is not None and math.isfinite(loss)}
     if finite:
-        return Choice(min(finite, key=lambda lr: finite[lr]), losses)
+        return Choice(min(finite, key=lambda lr: finite[lr]), losses, added)
     states = {o.state for o in found if o is not None}
     if states <= {DIVERGED}:
-        reason = "every learning rate of the grid diverged: give this arm smaller ones"
-    elif states & {FAILED}:
+        reason = "every learning rate that was tried diverged: give this arm smaller ones"
+        return Choice(None, losses, added, reason, diverged=True)
+    if states & {FAILED}:
         reason = next(o.error for o in found if o is not None and o.state == FAILED)
     else:
         reason = "no run of the search has a loss on dev rows: raise dev_examples and eval_every"
-    return Choice(None, losses, reason)
+    return Choice(None, losses, added, reason)
+
+
+def _beyond(choice: Choice) -> float | None:
+    """The rate to try next: one factor beyond the edge that the best rate is at.
+
+    Where every rate diverged it is below the smallest. None: the best one has neighbours on both
+    sides, or nothing is known of any.
+    """
+    tried = sorted(choice.dev_losses)
+    if choice.diverged:
+        edge, inner = tried[0], tried[1]
+    elif choice.at_edge:
+        edge, inner = tried[:2] if choice.lr == tried[0] else tried[:-3:-1]
+        if choice.dev_losses[edge] == choice.dev_losses[inner]:
+            return None  # flat: nothing says that there is more to gain beyond
+    else:
+        return None
+    lr = float(f"{edge**2 / inner:.6g}")
+    return lr if LR_RANGE[0] <= lr <= LR_RANGE[1] and lr not in tried else None

@@ -1,5 +1,6 @@
-"""Where a comparison's spec comes from: a preset's name or a YAML file, and what is put over it."""
+"""Where a comparison's spec comes from: a preset's name or YAML, and what is put over it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from zo_core.compare.presets import PRESETS
 from zo_core.compare.spec import COMMON, CompareSpec
 from zo_core.errors import UserError
 from zo_core.jobs import explain
+from zo_core.preflight import absolute, check, check_folder
+
+PLACES = ("model", "data_dir", "task_file")
 
 
 def read_fields(
@@ -34,13 +38,26 @@ def read_fields(
             "of a YAML file (docs/compare.md)."
         )
     try:
-        fields = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {error}.") from error
+    return parse_fields(text, str(path))
+
+
+def parse_fields(text: str, name: str) -> dict[str, Any]:
+    """The fields that a YAML text holds; ``name`` is what errors call it.
+
+    Raises:
+        UserError: it is no YAML, or no mapping.
+    """
+    try:
+        fields = yaml.safe_load(text)
+    except yaml.YAMLError as error:
         raise UserError(
-            f"{path} cannot be read as YAML: {' '.join(str(error).split())}."
+            f"{name} cannot be read as YAML: {' '.join(str(error).split())}."
         ) from error
     if not isinstance(fields, dict):
-        raise UserError(f"{path} holds no fields: write `arms:` and so on (docs/compare.md).")
+        raise UserError(f"{name} holds no fields: write `arms:` and so on (docs/compare.md).")
     return {str(name): value for name, value in fields.items()}
 
 
@@ -61,3 +78,43 @@ def make_spec(fields: dict[str, Any], over: dict[str, Any]) -> CompareSpec:
         return CompareSpec.model_validate(flat | {"common": common} | rest)
     except ValidationError as error:
         raise UserError(explain(error)) from error
+
+
+def as_yaml(spec: CompareSpec) -> str:
+    """A spec as a file that :func:`read_fields` reads: what differs from the defaults."""
+    fields: dict[str, Any] = {"title": spec.title} if spec.title else {}
+    kept = spec.model_dump(mode="json", exclude_defaults=True, exclude={"title", "arms", "common"})
+    fields |= {"tasks": spec.tasks, "seeds": spec.seeds} | kept | _plain(spec.common)
+    text = yaml.safe_dump(fields, sort_keys=False, default_flow_style=None, width=96)
+    arms = []
+    for arm in spec.arms:
+        flat = arm.model_dump(mode="json", exclude_defaults=True, exclude={"settings"})
+        arms.append(flat | _plain(arm.settings))
+    return text + "arms:\n" + "".join(f"  - {_one_line(arm)}\n" for arm in arms)
+
+
+def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: str(v) if isinstance(v, Path) else v for name, v in fields.items()}
+
+
+def _one_line(arm: dict[str, Any]) -> str:
+    return yaml.safe_dump(arm, sort_keys=False, default_flow_style=True, width=float("inf")).strip()
+
+
+def placed(spec: CompareSpec) -> CompareSpec:
+    """The same comparison with absolute paths, checked against the tasks and the model.
+
+    The worker may have another working directory, and another ``ZO_DATA_DIR``.
+
+    Raises:
+        UserError: an unknown task, a folder without its rows, or a layer the model does not have.
+    """
+    places = [absolute(spec.common | {"task": one}) for one in spec.tasks]
+    found = {n: str(v) for fields in places for n, v in fields.items() if n in PLACES}
+    spec = make_spec(spec.model_dump(), found)
+    for one in spec.tasks:
+        check_folder(spec.probe_job(one))
+        for arm in spec.arms:
+            if arm.tunes:
+                check(spec.job(arm, one, spec.seeds[0]))
+    return spec

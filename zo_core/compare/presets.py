@@ -76,7 +76,10 @@ def paper(model: str, revision: str | None) -> Fields:
 
 
 def falsify(model: str, revision: str | None) -> Fields:
-    """What would refute the claim: other layers alone, and the full model without this one."""
+    """What would refute the claim: other layers alone, and the full model without this one.
+
+    And whether arithmetic in place, as published code does it, changes the picture.
+    """
     return {
         "title": "falsify: every single layer, and the full model without the dominant one",
         "arms": [
@@ -85,10 +88,11 @@ def falsify(model: str, revision: str | None) -> Fields:
             _arm("all-but", "all-but:auto"),
             _arm("shuffled-rule", "random-layer:{seed}"),
             *_single_layers(model, revision),
+            *_in_place("float16"),
+            *_in_place("bfloat16"),
         ],
         "seeds": [0, 1, 2, 3, 4],
         "steps": 500,
-        "search_steps": 200,
     }
 
 
@@ -99,7 +103,6 @@ def layers(model: str, revision: str | None) -> Fields:
         "arms": [_arm(ZERO_SHOT), _arm("full"), *_single_layers(model, revision)],
         "seeds": [0, 1, 2],
         "steps": 500,
-        "search_steps": 200,
     }
 
 
@@ -119,12 +122,20 @@ def scopes(model: str, revision: str | None) -> Fields:
         ],
         "seeds": [0, 1, 2],
         "steps": 500,
-        "search_steps": 200,
     }
 
 
 def _single_layers(model: str, revision: str | None) -> list[Fields]:
     return [_arm(f"layer:{k}") for k in range(describe(model, revision).n_layers)]
+
+
+def _in_place(dtype: str) -> list[Fields]:
+    short = dtype.replace("float", "fp").replace("bfp", "bf")
+    common: Fields = {"precision": "inplace", "dtype": dtype}
+    return [
+        _arm(f"full in-place {short}", "full", **common),
+        _arm(f"dominant in-place {short}", "layer:auto", **common),
+    ]
 
 
 PRESETS: dict[str, Callable[[str, str | None], Fields]] = {

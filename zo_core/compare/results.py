@@ -5,7 +5,7 @@ from typing import Any
 
 from zo_core import runs
 from zo_core.compare.cells import Cell, Choice, final_cells, make_plan
-from zo_core.compare.outcomes import MISSING, Outcome, read_outcome
+from zo_core.compare.outcomes import DONE, MISSING, Outcome, read_outcome
 from zo_core.compare.spec import ZERO_SHOT, Arm, CompareSpec
 from zo_core.compare.store import Comparison
 from zo_core.scope_spec import parse
@@ -51,6 +51,15 @@ class Results:
     spec: CompareSpec
     measurements: list[Measurement]
     choices: dict[tuple[str, str], Choice] = field(default_factory=dict)
+    scan: str = ""
+    """Run of the model's scan; empty if there is none."""
+    probes: dict[str, str] = field(default_factory=dict)
+    """Finished probe of each task."""
+
+    @property
+    def tasks(self) -> list[str | None]:
+        """Every task, and None for all of them if there are several."""
+        return [*self.spec.tasks, *([None] if len(self.spec.tasks) > 1 else [])]
 
     @property
     def units(self) -> list[Unit]:
@@ -102,7 +111,18 @@ def collect(comparison: Comparison) -> Results:
     found += [m for arm in shots for m in _zero_shot(spec, arm, found)]
     order = {arm.name: i for i, arm in enumerate(spec.arms)}
     found.sort(key=lambda m: (spec.tasks.index(m.task), order[m.arm], spec.seeds.index(m.seed)))
-    return Results(spec, found, plan.choices)
+    profiles = {
+        cell: run_id
+        for cell in plan.profiles
+        if (run_id := ids.get(cell.key)) and known[cell.key].state == DONE
+    }
+    return Results(
+        spec,
+        found,
+        plan.choices,
+        next((run_id for cell, run_id in profiles.items() if cell.kind == "scan"), ""),
+        {cell.task: run_id for cell, run_id in profiles.items() if cell.kind == "probe"},
+    )
 
 
 def _measurement(cell: Cell, outcome: Outcome | None) -> Measurement:

@@ -10,7 +10,15 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from zo_core.compare.budget import passes_per_step
-from zo_core.jobs import Optimizer, TuneJob, explain, recommended_lr
+from zo_core.jobs import (
+    ModelFields,
+    Optimizer,
+    ProbeJob,
+    ScanJob,
+    TuneJob,
+    explain,
+    recommended_lr,
+)
 from zo_core.scope_spec import parse
 
 ZERO_SHOT = "zero-shot"
@@ -21,6 +29,8 @@ COMMON = frozenset(TuneJob.model_fields) - {*RULED, "scope", "optimizer", "lr"}
 OWN = COMMON - {"model", "revision", "data_dir", "task_file", "template", "verbalizers"}
 """What an arm may override: all but what it is measured on."""
 MANY = 10_000
+LEAST_LAYERS = 4
+"""Single layers from which on a profile by layer can say something."""
 
 
 def _gather(value: object, into: str, names: frozenset[str]) -> object:
@@ -113,6 +123,15 @@ class CompareSpec(BaseModel):
         max_length=20,
         description="grid around recommended_lr, for arms without lr of their own",
     )
+    lr_extensions: int = Field(
+        2,
+        ge=0,
+        le=10,
+        description="rates added to a grid, one at a time, while the best is at its edge",
+    )
+    profiles: bool | None = Field(
+        None, description="scan and probe the model as well; none: if single layers are compared"
+    )
     evaluations: int = Field(
         5, ge=1, le=1000, description="evaluations a run, unless eval_every is given"
     )
@@ -164,6 +183,9 @@ class CompareSpec(BaseModel):
         for arm in self.arms:
             if arm.tunes:
                 self._try_jobs(arm)
+        if self.wants_profiles:
+            self.scan_job()
+            self.probe_job(self.tasks[0])
         for arm in self.arms:
             fields = self.common | arm.settings
             for name in ("dev_examples", "eval_every"):
@@ -173,7 +195,7 @@ class CompareSpec(BaseModel):
                         "every arm one lr"
                     )
         runs = len(self.tasks) * sum(
-            len(self.seeds) + len(self.grid(arm)) for arm in self.arms if arm.tunes
+            len(self.seeds) + self.most_tries(arm) for arm in self.arms if arm.tunes
         )
         if runs > MANY:
             raise ValueError(
@@ -213,6 +235,12 @@ class CompareSpec(BaseModel):
         asked = (a for a in self.arms if a.name == self.baseline)
         return next(asked, None) or next(full, tuned[0])
 
+    @property
+    def wants_profiles(self) -> bool:
+        """Whether a scan and a probe of the model are part of the comparison."""
+        singles = [a for a in self.arms if a.tunes and a.scope.startswith("layer:")]
+        return len(singles) >= LEAST_LAYERS if self.profiles is None else self.profiles
+
     def arm(self, name: str) -> Arm:
         """The arm of that name."""
         return next(arm for arm in self.arms if arm.name == name)
@@ -234,6 +262,22 @@ class CompareSpec(BaseModel):
             return arm.lr
         middle = recommended_lr(self.model, arm.scope, arm.optimizer)
         return [float(f"{middle * factor:.6g}") for factor in self.lr_factors]
+
+    def most_tries(self, arm: Arm) -> int:
+        """Learning rates that are tried at most; 1 if there is one only, which is not tried."""
+        given = len(self.grid(arm))
+        return given + self.lr_extensions if given > 1 else 1
+
+    def scan_job(self) -> ScanJob:
+        """The activation scan of the model, on the bundled passages."""
+        names = ModelFields.model_fields.keys()
+        return ScanJob.model_validate({n: v for n, v in self.common.items() if n in names})
+
+    def probe_job(self, task: str) -> ProbeJob:
+        """The sensitivity probe of the model on a task."""
+        names = ProbeJob.model_fields.keys() & COMMON
+        fields = {n: v for n, v in self.common.items() if n in names}
+        return ProbeJob.model_validate(fields | {"task": task, "seed": self.search_seed})
 
     def job(
         self, arm: Arm, task: str, seed: int, lr: float | None = None, searching: bool = False

@@ -14,14 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 
+from zo_core.compare.power import smallest_p
+
 EXACT_UP_TO = 16
 """Units up to which all 2^n sign flips are taken; above, a seeded draw of them."""
 FLIPS = 20_000
 RESAMPLES = 10_000
 LEAST_FOR_WILCOXON = 6
 """Below, its smallest two-sided p is above 0.05: it could only ever say no."""
-POWER = 0.8
-MANY_SEEDS = 1000
 Floats = NDArray[np.float64]
 
 
@@ -96,11 +96,6 @@ def sign_flip_p(differences: Sequence[float] | Floats, greater: bool = False) ->
     if greater:
         return float(np.mean(means >= seen - tolerance))
     return float(np.mean(np.abs(means) >= abs(seen) - tolerance))
-
-
-def smallest_p(n: int, greater: bool = False) -> float:
-    """The smallest p that :func:`sign_flip_p` can give with n units: 2^-n, twice if two-sided."""
-    return min(1.0, (1 if greater else 2) * 2.0**-n)
 
 
 def wilcoxon_p(differences: Sequence[float] | Floats) -> float | None:
@@ -220,31 +215,3 @@ def rank_correlation(
         n_resamples=np.inf,
     )
     return rho, float(exact.pvalue)
-
-
-def units_needed(effect: float | None, alpha: float, greater: bool = True) -> int | None:
-    """Units for a test of the mean to come out at the observed effect with power 0.8.
-
-    Normal approximation with the usual small-sample term (Guenther 1981):
-    ``n = ((z_alpha + z_power) / d_z)^2 + z_alpha^2 / 2``, and never fewer than the sign flips need
-    to reach alpha at all.
-
-    Args:
-        effect: d_z, with the sign of the hypothesis; None if unknown.
-        alpha: level of the test.
-        greater: one-sided.
-
-    Returns:
-        None if the effect is unknown or points the other way.
-    """
-    if effect is None or effect <= 0:
-        return None
-    z_alpha = float(scipy_stats.norm.isf(alpha if greater else alpha / 2))
-    z_power = float(scipy_stats.norm.ppf(POWER))
-    n = ((z_alpha + z_power) / effect) ** 2 + z_alpha**2 / 2
-    return max(math.ceil(n), least_units(alpha, greater))
-
-
-def least_units(alpha: float, greater: bool = True) -> int:
-    """The fewest units whose smallest p is at most alpha."""
-    return math.ceil(math.log2((1 if greater else 2) / alpha))

@@ -1,9 +1,9 @@
 """The folder of a comparison: ``cache/comparisons/<id>/``.
 
 ``spec.json`` is the comparison, ``command.txt`` what began it, ``cells.jsonl`` says which run
-filled which cell (append-only; the last line of a cell holds), ``table.*`` are the results. What
-became of a run stays in its run folder, so a comparison that was interrupted anywhere goes on from
-what is on disk.
+filled which cell (append-only; the last line of a cell holds). What became of a run stays in its
+run folder, so a comparison that was interrupted anywhere goes on from what is on disk. The rest is
+for readers, replaced while it runs: ``status.json``, ``progress.json`` and the results.
 """
 
 import fcntl
@@ -13,16 +13,25 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from zo_core.compare.cells import Cell
+from zo_core.compare.cells import Cell, ProfileCell
 from zo_core.compare.spec import CompareSpec
+from zo_core.compare.status import SessionStatus
 from zo_core.errors import UserError
-from zo_core.runs import replace_file, to_json
+from zo_core.runs import Process, replace_file, to_json
 from zo_core.settings import settings
 
+RESULTS = (
+    *(f"{name}.csv" for name in ("table", "measurements", "search", "layers")),
+    *(f"{name}.parquet" for name in ("table", "measurements", "curves")),
+    "table.md",
+    "table.json",
+)
+"""Files of results that a comparison's folder holds."""
 COMPARISON_ID = re.compile(r"^\d{8}-\d{6}-compare-[0-9a-f]{6}$")
 
 
@@ -44,6 +53,12 @@ class Comparison:
         return CompareSpec.model_validate_json((self.path / "spec.json").read_text())
 
     @property
+    def created(self) -> float:
+        """When it was made, Unix seconds."""
+        stamp = datetime.strptime(self.comparison_id[:15], "%Y%m%d-%H%M%S")
+        return stamp.replace(tzinfo=UTC).timestamp()
+
+    @property
     def command(self) -> str:
         """The command line that began it."""
         return (self.path / "command.txt").read_text().strip()
@@ -58,7 +73,7 @@ class Comparison:
                     found[record["cell"]] = record["run_id"]
         return found
 
-    def record(self, cell: Cell, run_id: str) -> None:
+    def record(self, cell: Cell | ProfileCell, run_id: str) -> None:
         """Keep which run fills a cell."""
         line = to_json({"cell": cell.key, "run_id": run_id, "time": time.time(), **asdict(cell)})
         with (self.path / "cells.jsonl").open("ab+") as file:
@@ -70,6 +85,30 @@ class Comparison:
         replace_file(self.path / name, data)
         return self.path / name
 
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of this folder, or None while there is none."""
+        try:
+            found: dict[str, Any] = json.loads((self.path / name).read_text())
+        except (OSError, ValueError):
+            return None
+        return found
+
+    def status(self) -> SessionStatus:
+        """How far it is; *interrupted* if no process works on it and none said how it ended."""
+        try:
+            return SessionStatus.from_json((self.path / "status.json").read_text())
+        except (OSError, ValueError, TypeError):
+            return SessionStatus()
+
+    def update(self, status: SessionStatus) -> None:
+        """Replace ``status.json``."""
+        self.write("status.json", to_json(asdict(replace(status, updated=time.time()))))
+
+    def begin(self, process: Process) -> None:
+        """A process is about to work on it: earlier requests to stop are not meant for it."""
+        (self.path / "cancel").unlink(missing_ok=True)
+        self.update(SessionStatus("starting", process=process, started=time.time()))
+
     def request_cancel(self) -> None:
         """Ask the process that works on it to stop; harmless if none does."""
         (self.path / "cancel").touch()
@@ -78,15 +117,6 @@ class Comparison:
     def cancel_requested(self) -> bool:
         """Whether a cancel was asked for."""
         return (self.path / "cancel").exists()
-
-    @property
-    def worked_on(self) -> bool:
-        """Whether a process works on it now."""
-        try:
-            with self.working():
-                return False
-        except UserError:
-            return True
 
     @contextmanager
     def working(self) -> Iterator[None]:

@@ -7,16 +7,25 @@ from typing import Any
 
 import pandas as pd
 
-from zo_core.compare.profile import layer_gains
+from zo_core.compare.markdown import markdown
+from zo_core.compare.power import power_note
+from zo_core.compare.precision import precision_table
+from zo_core.compare.profile import (
+    GAINS,
+    activation_profile,
+    correlations,
+    layer_gains,
+    sensitivity_profile,
+)
+from zo_core.compare.reader import ALL
 from zo_core.compare.results import Results, provenance_of
 from zo_core.compare.spec import Arm
 from zo_core.compare.stats import Paired, compare, holm, summarise
 from zo_core.compare.store import Comparison
 from zo_core.compare.verdict import verdict
-from zo_core.export import csv_bytes, json_bytes
+from zo_core.export import csv_bytes, json_bytes, parquet_bytes
 
-ALL = "all"
-"""The task column of rows over all tasks, where there are several."""
+SEARCH = ["task", "arm", "lr", "dev_loss", "chosen", "added", "forward_passes"]
 
 
 def arm_table(results: Results) -> pd.DataFrame:
@@ -24,11 +33,8 @@ def arm_table(results: Results) -> pd.DataFrame:
 
     ``p_holm`` is corrected over all arms of the same task.
     """
-    tasks: list[str | None] = [*results.spec.tasks]
-    if len(tasks) > 1:
-        tasks.append(None)
     rows = []
-    for task in tasks:
+    for task in results.tasks:
         baseline = results.spec.baseline_arm
         against = results.values(baseline.name, task)
         arms = results.spec.arms
@@ -49,6 +55,7 @@ def _row(
 ) -> dict[str, Any]:
     cells = results.of(arm.name, task)
     value, before = summarise([m.value for m in cells]), summarise([m.before for m in cells])
+    choices = [c for (t, a), c in results.choices.items() if a == arm.name and task in (t, None)]
     row: dict[str, Any] = {
         "task": task or ALL,
         "arm": arm.name,
@@ -57,6 +64,7 @@ def _row(
         "optimizer": arm.optimizer if arm.tunes else None,
         "lr": _common([m.lr for m in cells]),
         "lr_at_edge": _at_edge(results, arm, task),
+        "lr_added": sum(c.added for c in choices),
         "metric": _common([m.metric for m in cells if m.metric]),
         "n": value.n,
         "missing": len(cells) - value.n,
@@ -66,6 +74,7 @@ def _row(
         "loss": summarise([m.loss for m in cells]).mean,
         "steps": _common([m.steps for m in cells]),
         "budget": results.spec.budget() if arm.tunes else 0,
+        "search_budget": sum(len(c.dev_losses) for c in choices) * results.spec.budget(True),
         "forward_passes": _common([m.forward_passes for m in cells if m.forward_passes]),
         "steps_per_second": summarise([m.steps_per_second for m in cells]).mean,
         "tuned_parameters": _common([m.tuned_parameters for m in cells if m.tuned_parameters]),
@@ -99,33 +108,49 @@ def _at_edge(results: Results, arm: Arm, task: str | None) -> bool | None:
 
 
 def search_table(results: Results) -> pd.DataFrame:
-    """One row a learning rate that was tried: its dev loss, and whether it was chosen."""
-    return pd.DataFrame(
-        [
-            {"task": task, "arm": arm, "lr": lr, "dev_loss": loss, "chosen": lr == choice.lr}
-            for (task, arm), choice in results.choices.items()
+    """One row a learning rate that was tried: its dev loss, and whether it was chosen.
+
+    ``added``: it was not of the grid, which grew because its best rate was at the edge.
+    """
+    rows = []
+    for (task, arm), choice in results.choices.items():
+        given = results.spec.grid(results.spec.arm(arm))
+        rows += [
+            (task, arm, lr, loss, lr == choice.lr, lr not in given, results.spec.budget(True))
             for lr, loss in choice.dev_losses.items()
-        ],
-        columns=["task", "arm", "lr", "dev_loss", "chosen"],
-    )
+        ]
+    return pd.DataFrame(rows, columns=SEARCH)
 
 
 def as_dict(comparison: Comparison, results: Results) -> dict[str, Any]:
     """Everything about a comparison: what ``table.json`` and ``compare --json`` hold."""
-    table = arm_table(results)
+    table, gains = arm_table(results), layer_gains(results)
+    activation, sensitivity = activation_profile(results), sensitivity_profile(results)
+    claims = verdict(results)
+    decided_together = sum(claim.key != "e" for claim in claims)
     return {
         "comparison_id": comparison.comparison_id,
         "path": str(comparison.path),
         "command": comparison.command,
         "spec": results.spec.model_dump(mode="json"),
         "budget": results.spec.budget(),
+        "search_budget": results.spec.budget(searching=True),
         "dominant": results.dominant,
         "baseline": results.spec.baseline_arm.name,
         "arms": _records(table),
         "cells": [asdict(m) for m in results.measurements],
-        "layers": _records(layer_gains(results)),
+        "layers": _records(gains),
+        "scan": results.scan,
+        "probes": results.probes,
+        "activation": _records(activation),
+        "sensitivity": _records(sensitivity),
+        "correlations": _records(correlations(gains, activation, sensitivity)),
+        "precision": _records(precision_table(results)),
         "search": _records(search_table(results)),
-        "claims": [asdict(claim) for claim in verdict(results)],
+        "claims": [asdict(claim) for claim in claims],
+        "power": power_note(len(results.units), decided_together, results.spec.alpha)
+        if decided_together
+        else "",
         "provenance": _provenance(results),
     }
 
@@ -144,91 +169,21 @@ def _provenance(results: Results) -> dict[str, Any]:
     return facts | {"packages": packages}
 
 
-def markdown(facts: dict[str, Any]) -> str:
-    """The tables as Markdown, with the command, versions and hardware."""
-    where, spec = facts["provenance"], facts["spec"]
-    lines = [
-        f"# {spec['title'] or facts['comparison_id']}",
-        "",
-        "```",
-        facts["command"],
-        "```",
-        "",
-        f"Tasks {', '.join(spec['tasks'])}; seeds {', '.join(map(str, spec['seeds']))}; "
-        f"{facts['budget']} forward passes a run; differences are to `{facts['baseline']}`, in "
-        "points, with 95 % bootstrap intervals; p: exact sign flips, corrected by Holm.",
-        "",
-        "| task | arm | lr | n | mean | sd | difference | p | d_z |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [_markdown_row(row) for row in facts["arms"]]
-    notes = [f"* {r['arm']} ({r['task']}): {r['note']}" for r in facts["arms"] if r["note"]]
-    edges = [f"`{r['arm']}` ({r['task']})" for r in facts["arms"] if r["lr_at_edge"]]
-    if edges:
-        notes.append(
-            f"* The learning rate is at the edge of its grid, so a better one may lie outside: "
-            f"{', '.join(edges)}."
-        )
-    lines += ["", *notes] if notes else []
-    if facts["claims"]:
-        lines += ["", "## Verdict", ""]
-        lines += [f"* {c['text']}: **{c['decision']}**{_rest(c)}" for c in facts["claims"]]
-    packages = ", ".join(f"{name} {v}" for name, v in where["packages"].items())
-    device = where.get("device_name", "unknown device")
-    lines += [
-        "",
-        f"Model {spec['common'].get('model', 'demo')} ({where.get('dtype', 'unknown dtype')}) on "
-        f"{device}; Python {where['python']}, {packages}.",
-        "",
-    ]
-    return "\n".join(lines)
+def write_tables(comparison: Comparison, facts: dict[str, Any]) -> None:
+    """Write the tables as CSV, Parquet, JSON and Markdown into the folder.
 
-
-def _rest(claim: dict[str, Any]) -> str:
-    return claim["sentence"].removeprefix(claim["decision"])
-
-
-def _markdown_row(row: dict[str, Any]) -> str:
-    difference = _points(row["difference"], sign=True)
-    if row["low"] is not None:
-        low, high = _points(row["low"], sign=True), _points(row["high"], sign=True)
-        difference += f" [{low}, {high}]"
-    cells = [
-        row["task"],
-        row["arm"].replace("|", "\\|"),
-        "" if row["lr"] is None else f"{row['lr']:g}",
-        str(row["n"]) + (f" ({row['missing']} missing)" if row["missing"] else ""),
-        _points(row["mean"]),
-        _points(row["sd"]),
-        difference,
-        "" if row["p_holm"] is None else f"{row['p_holm']:.3g}",
-        "" if row["effect"] is None else f"{row['effect']:.2f}",
-    ]
-    return f"| {' | '.join(cells)} |"
-
-
-def _points(value: float | None, sign: bool = False) -> str:
-    """A share in points (hundredths)."""
-    if value is None:
-        return ""
-    return f"{100 * value:+.2f}" if sign else f"{100 * value:.2f}"
-
-
-def write_tables(comparison: Comparison, facts: dict[str, Any]) -> dict[str, bytes]:
-    """Write ``table.csv``, ``table.json``, ``table.md``, ``measurements.csv`` into the folder.
-
-    Returns:
-        The files by name, so that they can be written elsewhere as well.
+    Raises:
+        OSError: the folder cannot be written.
     """
-    files = {
-        "table.csv": csv_bytes(pd.DataFrame(facts["arms"])),
-        "measurements.csv": csv_bytes(pd.DataFrame(facts["cells"])),
-        "search.csv": csv_bytes(
-            pd.DataFrame(facts["search"], columns=["task", "arm", "lr", "dev_loss", "chosen"])
-        ),
-        "table.json": json_bytes(facts),
-        "table.md": markdown(facts).encode(),
+    tables = {
+        "table": pd.DataFrame(facts["arms"]),
+        "measurements": pd.DataFrame(facts["cells"]),
+        "search": pd.DataFrame(facts["search"], columns=SEARCH),
+        "layers": pd.DataFrame(facts["layers"], columns=GAINS),
     }
-    for name, data in files.items():
-        comparison.write(name, data)
-    return files
+    for name, table in tables.items():
+        comparison.write(f"{name}.csv", csv_bytes(table))
+    for name in ("table", "measurements"):
+        comparison.write(f"{name}.parquet", parquet_bytes(tables[name]))
+    comparison.write("table.md", markdown(facts))
+    comparison.write("table.json", json_bytes(facts))

@@ -24,19 +24,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from zo_core.compare.power import MANY_SEEDS, least_units, units_needed
 from zo_core.compare.results import Results, parse_form
 from zo_core.compare.spec import Arm
-from zo_core.compare.stats import (
-    MANY_SEEDS,
-    Floats,
-    clean,
-    effect_size,
-    holm,
-    least_units,
-    sign_flip_p,
-    units_needed,
-    why_nothing,
-)
+from zo_core.compare.stats import Floats, clean, effect_size, holm, sign_flip_p, why_nothing
 
 Decision = Literal["holds", "does not hold", "undecided"]
 LEAST_LAYERS = 3

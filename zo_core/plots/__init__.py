@@ -5,6 +5,7 @@ in real units, Okabe-Ito lines told apart by dash or marker as well, transparent
 and dark both work), and one accent, vermillion, for the first outlier layer.
 """
 
+from zo_core.plots.compare import differences, layer_sweep, small_multiples
 from zo_core.plots.gradients import distribution, eps_sweep
 from zo_core.plots.mechanism import contributions, interventions, neurons, sinks
 from zo_core.plots.probe import METRICS, overlapping, sensitivity
@@ -24,6 +25,8 @@ __all__ = [
     "distribution",
     "eps_sweep",
     "interventions",
+    "differences",
+    "layer_sweep",
     "loss_curve",
     "neurons",
     "number",
@@ -33,6 +36,7 @@ __all__ = [
     "propagation",
     "sensitivity",
     "sinks",
+    "small_multiples",
     "smooth",
     "thin",
     "token_heatmap",

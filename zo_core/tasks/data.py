@@ -78,11 +78,11 @@ def load_task(
     folder = data_dir or (None if task.bundled else settings().data_dir)
     if folder is not None:
         root = Path(folder).expanduser() / name
-        rows = {split: read_rows(_split_file(root, split, folder)) for split in SPLITS}
+        rows = {split: read_rows(split_file(root, split, folder)) for split in SPLITS}
         source = "local folder"
     elif task.bundled:
         root = SAMPLES / name
-        rows = {split: read_rows(_split_file(root, split, root)) for split in SPLITS}
+        rows = {split: read_rows(split_file(root, split, root)) for split in SPLITS}
         source = "bundled"
     else:
         rows = _from_hub(task)
@@ -117,7 +117,17 @@ def _split(
     return TaskData(task, kept, held_out, evaluated(rows["validation"], eval_examples), source)
 
 
-def _split_file(root: Path, split: str, given: Path) -> Path:
+def split_file(root: Path, split: str, given: Path) -> Path:
+    """The file of a split in a task's folder.
+
+    Args:
+        root: the task's folder.
+        split: its split.
+        given: the folder that the user named.
+
+    Raises:
+        UserError: there is none.
+    """
     found = find_split(root, split)
     if found is None:
         raise UserError(
