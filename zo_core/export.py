@@ -1,8 +1,10 @@
 """Files that leave the app: CSV tables, JSON sidecars and self-contained HTML reports."""
 
 import html
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -19,7 +21,10 @@ _PAGE = """<!doctype html>
 body {{ font: 15px/1.5 system-ui, sans-serif; color: #1c2530; max-width: 1200px; margin: 2rem auto;
        padding: 0 1rem; background: #fff }}
 h1 {{ font-size: 1.6rem }} h2 {{ font-size: 1.15rem; margin: 2rem 0 0 }}
-pre {{ background: #f4f6f8; padding: .75rem; overflow-x: auto }}
+pre {{ background: #f4f6f8; padding: .75rem; overflow-x: auto; white-space: pre-wrap }}
+.wide {{ overflow-x: auto }} table {{ border-collapse: collapse; font-size: 13px }}
+th, td {{ text-align: left; vertical-align: top; padding: .3rem .6rem;
+          border-bottom: 1px solid #dde2e7 }}
 </style></head><body>
 <h1>{title}</h1>
 {body}
@@ -63,13 +68,87 @@ def metrics_table(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def parquet_bytes(table: pd.DataFrame) -> bytes:
+    """A table as Parquet."""
+    buffer = io.BytesIO()
+    table.to_parquet(buffer, index=False)
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """Text that a page shows as it is, in a box."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A heading and what is below it, in order."""
+
+    heading: str
+    items: Sequence["str | Code | pd.DataFrame | go.Figure"]
+    """Strings are paragraphs of plain text."""
+
+
+def html_page(title: str, sections: Sequence[Section]) -> bytes:
+    """A page that opens offline in any browser: plotly itself is inside, once.
+
+    Args:
+        title: heading of the page.
+        sections: its content; an empty heading is left out.
+    """
+    # Here, as tables need no figures, and a GPU worker may have no plotly.
+    import plotly.graph_objects as go
+    import plotly.io
+
+    parts: list[str] = []
+    plotly_is_in = False
+    for section in sections:
+        if section.heading:
+            parts.append(f"<h2>{html.escape(section.heading)}</h2>")
+        for item in section.items:
+            if isinstance(item, str):
+                parts.append(f"<p>{html.escape(item)}</p>")
+            elif isinstance(item, Code):
+                parts.append(f"<pre>{html.escape(item.text)}</pre>")
+            elif isinstance(item, pd.DataFrame):
+                parts.append(_html_table(item))
+            else:
+                white = go.Figure(item).update_layout(template="plotly_white")
+                parts.append(
+                    plotly.io.to_html(
+                        white,
+                        full_html=False,
+                        include_plotlyjs=not plotly_is_in,
+                        default_width="100%",
+                    )
+                )
+                plotly_is_in = True
+    return _PAGE.format(title=html.escape(title), body="\n".join(parts)).encode()
+
+
+def _html_table(table: pd.DataFrame) -> str:
+    def cell(value: object) -> str:
+        if value is None or value is pd.NA or value != value:
+            return ""
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    def row(tag: str, cells: Iterable[object]) -> str:
+        return "".join(f"<{tag}>{html.escape(cell(c))}</{tag}>" for c in cells)
+
+    body = "\n".join(f"<tr>{row('td', r)}</tr>" for r in table.itertuples(index=False))
+    head = f"<tr>{row('th', table.columns)}</tr>"
+    return f'<div class="wide"><table>\n{head}\n{body}\n</table></div>'
+
+
 def html_bytes(
     title: str,
     figures: Sequence[tuple[str, "go.Figure"]],
     notes: Sequence[str] = (),
     command: str = "",
 ) -> bytes:
-    """A report that opens offline in any browser: plotly itself is inside.
+    """Figures as a page that opens offline in any browser.
 
     Args:
         title: heading of the page.
@@ -77,17 +156,5 @@ def html_bytes(
         notes: paragraphs above the figures, plain text.
         command: the command line that gives the same run.
     """
-    # Here, as tables need no figures, and a GPU worker may have no plotly.
-    import plotly.graph_objects as go
-    import plotly.io
-
-    parts = [f"<p>{html.escape(note)}</p>" for note in notes]
-    if command:
-        parts.append(f"<pre>{html.escape(command)}</pre>")
-    for i, (heading, figure) in enumerate(figures):
-        white = go.Figure(figure).update_layout(template="plotly_white")
-        parts.append(f"<h2>{html.escape(heading)}</h2>")
-        parts.append(
-            plotly.io.to_html(white, full_html=False, include_plotlyjs=i == 0, default_width="100%")
-        )
-    return _PAGE.format(title=html.escape(title), body="\n".join(parts)).encode()
+    first = Section("", [*notes, *([Code(command)] if command else [])])
+    return html_page(title, [first, *(Section(heading, [figure]) for heading, figure in figures)])

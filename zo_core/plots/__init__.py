@@ -6,7 +6,15 @@ and dark both work), and one accent, vermillion, for the first outlier layer.
 """
 
 from zo_core.plots.probe import METRICS, overlapping, sensitivity
-from zo_core.plots.scan import channel_heatmap, profile, token_heatmap
+from zo_core.plots.rules import layer_weights, named_layers
+from zo_core.plots.scan import (
+    channel_heatmap,
+    kurtosis,
+    log_range,
+    profile,
+    token_heatmap,
+    top_channels,
+)
 from zo_core.plots.style import number, visible
 from zo_core.plots.tune import AXES, CURVE_POINTS, loss_curve, overlay, smooth, thin
 
@@ -15,7 +23,11 @@ __all__ = [
     "CURVE_POINTS",
     "METRICS",
     "channel_heatmap",
+    "kurtosis",
+    "layer_weights",
+    "log_range",
     "loss_curve",
+    "named_layers",
     "number",
     "overlapping",
     "overlay",
@@ -24,5 +36,6 @@ __all__ = [
     "smooth",
     "thin",
     "token_heatmap",
+    "top_channels",
     "visible",
 ]

@@ -89,7 +89,7 @@ def answers(known: KnownModel, with_bos: bool) -> list[Published]:
 def _shape(
     model_type: str, n_layers: int, hidden_size: int, **more: int | str
 ) -> dict[str, int | str]:
-    return {"model_type": model_type, "n_layers": n_layers, "hidden_size": hidden_size} | more
+    return {"model_type": model_type, "n_layers": n_layers, "hidden_size": hidden_size, **more}
 
 
 KNOWN: tuple[KnownModel, ...] = (
