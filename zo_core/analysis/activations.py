@@ -1,24 +1,25 @@
-"""Activation scan: streaming statistics of every block output, in one pass, storing none of them.
+"""Activation scan: streaming statistics of every layer, in one pass, storing no activation.
 
-For each layer, over all real tokens and channels of all sequences: the three largest magnitudes
-with their place, median, mean, the largest magnitude of every channel, and, for the first
-sequences, the largest magnitude at every token. Statistics are taken in float32 (sums in
-float64) whatever the model's dtype.
-
-The median comes from a histogram over the leading 16 bits of the float32 pattern (8 exponent and 8
-mantissa bits below the sign), whose bins are at most 2**-8 wide relative to their value: reported
-as the bin's middle, it is within 0.2 % of the exact one, in constant memory.
+For each layer, over all real tokens of all sequences: the statistics of
+:mod:`zo_core.analysis.statistics` of the block output, the attention output, the MLP output and the
+down-projection input; the largest magnitude of every channel; and, for the first sequences, the
+largest magnitude at every token. Statistics are taken in float32 (sums in float64) whatever the
+model's dtype. Columns and definitions: docs/scan.md.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import nn
 
-from zo_core.models.decoder import hidden_of
+from zo_core.analysis.observe import PARTS, Batch, BlockObserver
+from zo_core.analysis.statistics import Statistics
+from zo_core.analysis.weights import wanda_shares, weight_rows
 from zo_core.models.load import LoadedModel
 from zo_core.tasks.scoring import batches
 
@@ -27,74 +28,31 @@ EMBEDDING = -1
 TOP = 3
 TOKEN_SEQUENCES = 8
 """Sequences whose token x layer magnitudes are kept."""
-_SHIFT = 15  # float32 pattern -> 16-bit bin of its magnitude
-_BINS = 1 << 16
-
-
-class _LayerStatistics:
-    """Running statistics of one layer."""
-
-    def __init__(self, channels: int, device: torch.device) -> None:
-        self.count = 0
-        self.nonfinite = 0
-        self.first_nonfinite: tuple[int, int] | None = None
-        """(sequence, position) of the first token with a NaN or infinite activation."""
-        self.total = torch.zeros((), dtype=torch.float64, device=device)
-        self.histogram = torch.zeros(_BINS, dtype=torch.int64, device=device)
-        self.channel_max = torch.zeros(channels, device=device)
-        self.top: list[tuple[float, int, int, int, float]] = []
-        """(magnitude, sequence, position, channel, signed value), largest first."""
-
-    def add(self, states: torch.Tensor, sequence: torch.Tensor, position: torch.Tensor) -> None:
-        """Take in ``states`` float32 [N, C] of N real tokens at the given places (int64 [N])."""
-        magnitude = states.abs()
-        values = magnitude.flatten()
-        finite = magnitude.isfinite()
-        if not bool(finite.all()):
-            if not self.nonfinite:
-                worst = int((~finite).any(-1).nonzero()[0])
-                self.first_nonfinite = (int(sequence[worst]), int(position[worst]))
-            self.nonfinite += int((~finite).sum())
-            values = magnitude[finite]
-            magnitude = magnitude.masked_fill(~finite, 0.0)
-        self.count += values.numel()
-        self.total += values.sum(dtype=torch.float64)
-        self.histogram += torch.bincount(values.view(torch.int32) >> _SHIFT, minlength=_BINS)
-        self.channel_max = torch.maximum(self.channel_max, magnitude.amax(0))
-        values, flat = magnitude.flatten().topk(min(TOP, magnitude.numel()))
-        token, channel = flat // magnitude.shape[1], flat % magnitude.shape[1]
-        columns = (values, sequence[token], position[token], channel, states[token, channel])
-        found = list(zip(*(c.tolist() for c in columns), strict=True))
-        self.top = sorted(self.top + found, key=lambda t: (-t[0], *t[1:4]))[:TOP]
-
-    def mean(self) -> float:
-        """Mean magnitude; NaN if there is no finite value."""
-        return float(self.total) / self.count if self.count else math.nan
-
-    def median(self) -> float:
-        """Median magnitude, within 0.2 %; NaN if there is no finite value."""
-        if not self.count:
-            return math.nan
-        middle = (self.histogram.sum() + 1) // 2
-        index = int((self.histogram.cumsum(0) < middle).sum())
-        edges = torch.tensor([index, index + 1], dtype=torch.int32) << _SHIFT
-        low, high = edges.view(torch.float32).tolist()
-        return (low + high) / 2
 
 
 class ActivationScan:
     """Runs sequences through a model and keeps per-layer statistics."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
-        """Prepare a scan of a loaded model."""
-        self._loaded = loaded
-        channels = loaded.info.hidden_size
-        self._layers = {
-            k: _LayerStatistics(channels, loaded.device)
-            for k in range(EMBEDDING, len(loaded.decoder))
+    def __init__(self, loaded: LoadedModel, parts: bool = True) -> None:
+        """Prepare a scan of a loaded model.
+
+        Args:
+            loaded: the model.
+            parts: False: block outputs only.
+        """
+        self._loaded, self._parts = loaded, parts
+        self.observers = {
+            k: BlockObserver(block, k, loaded.device, parts)
+            for k, block in enumerate(loaded.decoder.blocks)
         }
-        self._tokens: list[dict[str, Any]] = []
+        self._embedding = BlockObserver(
+            loaded.decoder.blocks[0], EMBEDDING, loaded.device, parts=False
+        )
         self._sequences: list[list[int]] = []
+        self._starts = [0]
+        """Number of the first token of each sequence, and of all tokens."""
+        self._weights: list[dict[str, Any]] = []
+        self._owl: list[dict[str, float]] = []
 
     @torch.no_grad()
     def run(
@@ -103,7 +61,7 @@ class ActivationScan:
         batch_size: int,
         tick: Callable[[int], None] = lambda _done: None,
     ) -> None:
-        """Scan token sequences.
+        """Scan token sequences, once.
 
         Sequences are padded on the right, where causal attention cannot see the padding.
 
@@ -112,112 +70,170 @@ class ActivationScan:
             batch_size: sequences a forward pass.
             tick: called with the number of sequences done; may raise to stop.
         """
-        device, decoder = self._loaded.device, self._loaded.decoder
-        for chunk in batches(len(sequences), batch_size):
-            part = [sequences[i] for i in chunk]
-            width = max(map(len, part))
-            ids = torch.tensor([s + [0] * (width - len(s)) for s in part], device=device)
-            lengths = torch.tensor([len(s) for s in part], device=device)
-            real = torch.arange(width, device=device) < lengths[:, None]
-            first = len(self._sequences)
-            hooks = [
-                decoder.blocks[0].register_forward_pre_hook(
-                    self._hook(EMBEDDING, real, first), with_kwargs=True
-                )
-            ]
-            hooks += [
-                block.register_forward_hook(self._hook(k, real, first))
-                for k, block in enumerate(decoder.blocks)
-            ]
-            try:
+        self.begin(sequences)
+        with self.watching(*self.observers):
+            for chunk in batches(len(sequences), batch_size):
+                ids = self.enter(chunk)
                 # The base model: logits are not needed.
                 self._loaded.model.base_model(input_ids=ids, use_cache=False)  # type: ignore[operator]
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            self._sequences += part
-            tick(len(self._sequences))
+                tick(chunk.stop)
+        for layer in self.observers:
+            self.finish(layer)
 
-    def _hook(self, layer: int, real: torch.Tensor, first: int) -> Callable[..., None]:
-        def on_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            take(args[0] if args else kwargs["hidden_states"])
+    def begin(self, sequences: Sequence[list[int]]) -> None:
+        """Note the sequences that will be scanned."""
+        self._sequences = list(sequences)
+        self._starts = [0, *accumulate(map(len, sequences))]
 
-        def on_output(_module: nn.Module, _args: Any, output: object) -> None:
-            take(hidden_of(output))
+    @contextmanager
+    def watching(self, *layers: int) -> Iterator[None]:
+        """Within, what these layers return is taken in; and the embedding, with layer 0."""
+        watched = [self.observers[k] for k in layers]
+        hook = None
+        if 0 in layers:
+            hook = self._loaded.decoder.blocks[0].register_forward_pre_hook(
+                self._embedded, with_kwargs=True
+            )
+        for observer in watched:
+            observer.attach()
+        try:
+            yield
+        finally:
+            for observer in watched:
+                observer.detach()
+            if hook is not None:
+                hook.remove()
 
-        def take(hidden: torch.Tensor) -> None:
-            states = hidden[real].float()
-            sequence, position = real.nonzero(as_tuple=True)
-            self._layers[layer].add(states, sequence + first, position)
-            keep = sequence + first < TOKEN_SEQUENCES
-            if layer != EMBEDDING and bool(keep.any()):
-                magnitude, channel = states[keep].abs().nan_to_num(0.0, 0.0, 0.0).max(-1)
-                columns = (sequence[keep] + first, position[keep], magnitude, channel)
-                for s, p, m, c in zip(*(x.tolist() for x in columns), strict=True):
-                    self._tokens.append(
-                        {"sequence": s, "position": p, "layer": layer, "magnitude": m, "channel": c}
-                    )
+    def enter(self, chunk: range) -> torch.Tensor:
+        """Token ids int64 [B, T] of some sequences, padded; hooks then know their places."""
+        device = self._loaded.device
+        part = [self._sequences[i] for i in chunk]
+        width = max(map(len, part))
+        ids = torch.tensor([s + [0] * (width - len(s)) for s in part], device=device)
+        first, end = self._starts[chunk.start], self._starts[chunk.stop]
+        kept = self._starts[min(TOKEN_SEQUENCES, len(self._sequences))]
+        rows = None
+        if len(part) * width > end - first:
+            rows = [b * width + t for b, s in enumerate(part) for t in range(len(s))]
+        batch = Batch(
+            size=len(part) * width,
+            tokens=torch.arange(first, end, device=device),
+            rows=None if rows is None else torch.tensor(rows, device=device),
+            kept=max(0, min(kept, end) - first),
+        )
+        for observer in (self._embedding, *self.observers.values()):
+            observer.batch = batch
+        return ids
 
-        return on_input if layer == EMBEDDING else on_output
+    def finish(self, layer: int) -> None:
+        """Read the weights of a layer whose activations were all seen."""
+        if not self._parts:
+            return
+        observer = self.observers[layer]
+        self._weights += weight_rows(observer)
+        shares = wanda_shares(observer)
+        self._owl += [{"layer": layer, "m": m, "share": share} for m, share in shares.items()]
 
-    def _text(self, sequence: int, position: int) -> str:
-        return str(self._loaded.tokenizer.decode([self._sequences[sequence][position]]))
+    def _embedded(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._embedding.add("block_output", args[0] if args else kwargs["hidden_states"])
 
-    def layers(self) -> pd.DataFrame:
-        """One row a layer (-1: embedding output); columns as in docs/run-store.md."""
-        rows = []
-        for layer, statistics in self._layers.items():
-            row: dict[str, Any] = {"layer": layer}
-            if not statistics.count:
-                row |= {f"top{rank}": math.nan for rank in range(1, TOP + 1)}
-                statistics.top = []
-            for rank, (magnitude, s, p, c, value) in enumerate(statistics.top, start=1):
-                row |= {
-                    f"top{rank}": magnitude,
-                    f"top{rank}_value": value,
-                    f"top{rank}_sequence": s,
-                    f"top{rank}_position": p,
-                    f"top{rank}_token": self._text(s, p),
-                    f"top{rank}_channel": c,
-                }
+    def _place(self, token: int) -> tuple[int, int, str]:
+        """(sequence, position, text) of a token."""
+        sequence = bisect_right(self._starts, token) - 1
+        position = token - self._starts[sequence]
+        return sequence, position, self._text(self._sequences[sequence][position])
+
+    def _text(self, token: int) -> str:
+        return str(self._loaded.tokenizer.decode([token]))
+
+    def _row(self, statistics: Statistics) -> dict[str, Any]:
+        numbers = statistics.row()
+        row: dict[str, Any] = {}
+        for rank in range(1, TOP + 1):
+            row[f"top{rank}"] = numbers.pop(f"top{rank}")
+        for rank, (token, channel, value) in enumerate(statistics.places(), start=1):
+            sequence, position, text = self._place(token)
             row |= {
-                "median": statistics.median(),
-                "mean": statistics.mean(),
-                "nonfinite": statistics.nonfinite,
+                f"top{rank}_value": value,
+                f"top{rank}_sequence": sequence,
+                f"top{rank}_position": position,
+                f"top{rank}_token": text,
+                f"top{rank}_channel": channel,
             }
-            rows.append(row)
+        row |= numbers
+        broken = statistics.broken_token()
+        place = (None, None, None) if broken is None else self._place(broken)
+        names = ("nonfinite_sequence", "nonfinite_position", "nonfinite_token")
+        return row | dict(zip(names, place, strict=True))
+
+    def parts(self) -> pd.DataFrame:
+        """One row a layer and part; columns as in docs/scan.md."""
+        rows = [{"layer": EMBEDDING, "part": PARTS[0]} | self._row(self._embedding_statistics)]
+        for layer, observer in self.observers.items():
+            rows += [
+                {"layer": layer, "part": part} | self._row(observer.statistics[part])
+                for part in PARTS
+                if part in observer.statistics
+            ]
         return pd.DataFrame(rows)
 
+    @property
+    def _embedding_statistics(self) -> Statistics:
+        return self._embedding.statistics[PARTS[0]]
+
+    def layers(self) -> pd.DataFrame:
+        """One row a layer (-1: embedding output): the block output."""
+        parts = self.parts()
+        return parts[parts["part"] == PARTS[0]].drop(columns="part").reset_index(drop=True)
+
     def channels(self) -> pd.DataFrame:
-        """``layer, channel, magnitude``: largest magnitude of every channel of every block."""
-        parts = [
-            pd.DataFrame({"layer": k, "magnitude": s.channel_max.cpu().numpy()})
-            .rename_axis("channel")
-            .reset_index()
-            for k, s in self._layers.items()
-            if k != EMBEDDING
-        ]
-        return pd.concat(parts, ignore_index=True)[["layer", "channel", "magnitude"]]
+        """``layer, channel, magnitude, tokens6`` of every block output."""
+        frames = []
+        for layer, observer in self.observers.items():
+            statistics = observer.statistics[PARTS[0]]
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "layer": layer,
+                        "channel": range(statistics.channels),
+                        "magnitude": statistics.channel_max.cpu().numpy(),
+                        "tokens6": statistics.channel_tokens.cpu().numpy(),
+                    }
+                )
+            )
+        return pd.concat(frames, ignore_index=True)
 
     def tokens(self) -> pd.DataFrame:
         """``sequence, position, token, layer, magnitude, channel`` of the first sequences."""
-        frame = pd.DataFrame(self._tokens)
-        places = zip(frame["sequence"], frame["position"], strict=True)
-        frame.insert(2, "token", [self._text(s, p) for s, p in places])
+        rows = []
+        for layer, observer in self.observers.items():
+            for piece in observer.kept:
+                for token, magnitude, channel in zip(*(x.tolist() for x in piece), strict=True):
+                    sequence, position, text = self._place(token)
+                    rows.append((sequence, position, text, layer, magnitude, channel))
+        names = ["sequence", "position", "token", "layer", "magnitude", "channel"]
+        frame = pd.DataFrame(rows, columns=names)
         return frame.sort_values(["sequence", "position", "layer"], ignore_index=True)
+
+    def weights(self) -> pd.DataFrame:
+        """One row a down-projection; columns as in docs/scan.md."""
+        return pd.DataFrame(self._weights)
+
+    def owl(self) -> pd.DataFrame:
+        """``layer, m, share``: shares of Wanda scores above m x their mean."""
+        return pd.DataFrame(self._owl, columns=["layer", "m", "share"])
 
     def nonfinite(self) -> list[tuple[int, int, str]]:
         """Layers with NaN or infinite activations: (layer, how many, first such token)."""
-        return [
-            (layer, statistics.nonfinite, self._text(*statistics.first_nonfinite))
-            for layer, statistics in self._layers.items()
-            if statistics.first_nonfinite is not None
-        ]
+        table = self.layers()
+        broken = table[table["nonfinite"] > 0]
+        columns = (broken["layer"], broken["nonfinite"], broken["nonfinite_token"])
+        return [(int(k), int(n), str(t)) for k, n, t in zip(*columns, strict=True)]
 
     @property
     def n_tokens(self) -> int:
         """Tokens scanned."""
-        return sum(map(len, self._sequences))
+        return self._starts[-1]
 
     @property
     def n_sequences(self) -> int:

@@ -28,8 +28,11 @@ def run_scan(job: ScanJob, run: Run, context: JobContext) -> None:
     verdicts = {name: first_outlier_layer(name, layers) for name in RULES}
     for name, table in (
         ("layers", layers),
+        ("parts", scan.parts()),
         ("channels", scan.channels()),
         ("tokens", scan.tokens()),
+        ("weights", scan.weights()),
+        ("owl", scan.owl()),
     ):
         run.write_result(f"{name}.parquet", table.to_parquet(index=False))
     summary = _summary(job, loaded, scan, layers, verdicts, time.perf_counter() - began)
@@ -48,13 +51,14 @@ def scan_texts(
     texts: list[str],
     context: JobContext,
     show_progress: bool = True,
+    parts: bool = True,
 ) -> ActivationScan:
     """Run texts through the model under the job's settings."""
     longest = min(job.max_tokens, loaded.context)
     sequences = tokenise(texts, loaded.tokenizer, job.bos, longest)
     if len(sequences) < len(texts):
         context.log(f"{len(texts) - len(sequences)} texts were too short and left out")
-    scan = ActivationScan(loaded)
+    scan = ActivationScan(loaded, parts)
 
     def tick(done: int) -> None:
         if show_progress:
@@ -70,7 +74,8 @@ def find_first_outlier_layer(loaded: LoadedModel, rule: str, context: JobContext
     """What a rule says of a loaded model, on a short scan: eight passages of 128 tokens."""
     if loaded.model not in _short_scans:
         job = ScanJob(model=loaded.name, sequences=8, max_tokens=128)
-        scan = scan_texts(loaded, job, texts_of(job), context, show_progress=False)
+        texts = texts_of(job)
+        scan = scan_texts(loaded, job, texts, context, show_progress=False, parts=False)
         _short_scans[loaded.model] = scan.layers()
     return first_outlier_layer(rule, _short_scans[loaded.model])
 
