@@ -163,6 +163,9 @@ def _print_summary(run: Run, summary: dict[str, Any]) -> None:
             typer.echo(
                 f"{rule:12} {'none' if layer is None else f'layer {layer}':9} {verdict['reason']}"
             )
+        typer.echo(summary["consensus"])
+        for answer in (summary["published"] or {}).get("answers", []):
+            typer.echo(f"{summary['published']['name']}, {answer['sentence']}")
     elif kind == "probe":
         typer.echo(f"Most sensitive layer: {summary['most_sensitive_layer']} (mean |g|)")
         sys.stdout.write(run.result("layers.csv").read_text())

@@ -38,7 +38,7 @@ def _int8(tables: ScanTables, layers: float, positions: float) -> Verdict:
     layer = int(affected.loc[in_layer >= positions, "layer"].min())
     return found(
         layer,
-        f"{int(hit.sum())} outlier feature{'s' if hit.sum() > 1 else ''}; {where}. Layer {layer} "
+        f"{int(hit.sum())} of {n_channels} channels are outlier features; {where}. Layer {layer} "
         f"is the first where such a feature reaches {MAGNITUDE} at {positions:.0%} of positions.",
         **numbers,
     )

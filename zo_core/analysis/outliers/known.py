@@ -4,8 +4,8 @@ A model is known by its hub id, or by a configuration with the same shape. A fin
 the shape of its base, and so has a model with random weights: the match says which it was.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from zo_core.models.catalog import ModelInfo
 
@@ -84,6 +84,20 @@ def answers(known: KnownModel, with_bos: bool) -> list[Published]:
     """What was published for sequences that begin with BOS, or do not."""
     here: Bos = "with" if with_bos else "without"
     return [answer for answer in known.published if answer.bos in ("any", here)]
+
+
+def published_facts(model: str, info: ModelInfo, with_bos: bool) -> dict[str, Any] | None:
+    """What was published of a model, for the summary of a scan; None if it is not known.
+
+    Returns:
+        ``name, by`` (how it was recognised) and ``answers``: ``layer, rule, bos, channels,
+        magnitude, note, source, sentence`` of each answer for sequences with, or without, BOS.
+    """
+    match = recognise(model, info)
+    if match is None:
+        return None
+    found = [asdict(a) | {"sentence": a.sentence} for a in answers(match.known, with_bos)]
+    return {"name": match.known.name, "by": match.by, "answers": found}
 
 
 def _shape(

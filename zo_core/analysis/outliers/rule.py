@@ -48,6 +48,10 @@ class ScanTables:
             }
         )
 
+    def named(self) -> dict[str, pd.DataFrame]:
+        """The tables that are there, by name."""
+        return {n: table for n in TABLES if (table := getattr(self, n)) is not None}
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
