@@ -30,11 +30,16 @@ class ScanTables:
     """One row a layer and m: share of Wanda scores above m x their mean."""
 
     @classmethod
-    def read(cls, file_of: Callable[[str], Path]) -> "ScanTables":
+    def read(
+        cls,
+        file_of: Callable[[str], Path],
+        reader: Callable[[Path], pd.DataFrame] = pd.read_parquet,
+    ) -> "ScanTables":
         """Read what a stored scan has; scans of earlier versions have fewer tables.
 
         Args:
             file_of: the path of a result's name, such as ``run.result``.
+            reader: reads a Parquet file.
 
         Raises:
             OSError: the scan has no layer table.
@@ -42,7 +47,7 @@ class ScanTables:
         found = {name: file_of(f"{name}.parquet") for name in TABLES}
         return cls(
             **{
-                name: pd.read_parquet(path)
+                name: reader(path)
                 for name, path in found.items()
                 if name == "layers" or path.is_file()
             }
