@@ -1,102 +1,28 @@
 """Outliers page: where massive activations first appear, by which rule and with which numbers."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import pandas as pd
+import plotly.graph_objects as go
 import streamlit as st
 
-from pages.parts import history, launch, run_view
-from pages.parts.choice import Choice, current, line
+from pages.parts import history, run_view
+from pages.parts.choice import current, line
 from pages.parts.frame import begin
-from pages.parts.verdict import fine_tune, judge
+from pages.parts.scan_exports import exports
+from pages.parts.scan_form import form
+from pages.parts.scans import PARTS, Scan
+from pages.parts.verdict import fine_tune, judge, thresholds
 from pages.parts.words import layer_name, plain
-from zo_core import export, plots
-from zo_core.analysis.outliers import Verdict
-from zo_core.jobs import ScanJob, command_line
-from zo_core.tasks.catalog import TASKS
+from zo_core import plots
+from zo_core.analysis.outliers import Verdict, first_outlier_layer
+from zo_core.analysis.outliers.weights import owl_weights
 
-TEXTS = {"sample": "Bundled passages", "prompt": "Own prompt", "task": "A task"}
-BOS = {"auto": "as the tokenizer does", "add": "add", "none": "leave out"}
-WINDOW = 64  # tokens shown at once
-
-
-def form(choice: Choice) -> None:
-    """The fields of a scan."""
-    text = st.segmented_control(
-        "Text",
-        list(TEXTS),
-        format_func=TEXTS.get,
-        default="sample",
-        key="scan_text",
-        required=True,
-        persist_state="session",
-    )
-    values: dict = {"text": text}
-    if text == "prompt":
-        values["prompt"] = st.text_area(
-            "Prompt",
-            key="scan_prompt",
-            height=100,
-            persist_state="session",
-            placeholder="Any text: it becomes one sequence",
-        )
-    elif text == "task":
-        with st.container(horizontal=True):
-            values["task"] = st.selectbox(
-                "Task",
-                list(TASKS),
-                format_func=lambda t: TASKS[t].title,
-                key="scan_task",
-                width=260,
-                persist_state="session",
-            )
-            values["data_dir"] = (
-                st.text_input(
-                    "Data folder",
-                    key="scan_data_dir",
-                    persist_state="session",
-                    placeholder="optional: holds <task>/train.jsonl",
-                )
-                or None
-            )
-    with st.container(horizontal=True):
-        fields = ScanJob.model_fields
-        for name, label in (
-            ("sequences", "Sequences"),
-            ("max_tokens", "Longest sequence (tokens)"),
-            ("batch_size", "Sequences a pass"),
-        ):
-            if name == "sequences" and text == "prompt":
-                continue
-            values[name] = st.number_input(
-                label,
-                value=fields[name].default,
-                step=1,
-                key=f"scan_{name}",
-                width=190,
-                persist_state="session",
-            )
-        values["bos"] = st.selectbox(
-            "BOS token",
-            list(BOS),
-            format_func=BOS.get,
-            key="scan_bos",
-            width=190,
-            persist_state="session",
-            help="The first token carries massive activations: BOS changes the answer.",
-        )
-    launch.launch_row(ScanJob, values | choice.fields(), "Scan", key="start_scan")
-
-
-@st.cache_data(max_entries=24, show_spinner=False)
-def _table(path: str, changed: int) -> pd.DataFrame:
-    return pd.read_parquet(path)
-
-
-def table(entry: history.Entry, name: str) -> pd.DataFrame:
-    """A result table of a scan, read once."""
-    path = entry.run.result(f"{name}.parquet")
-    return _table(str(path), path.stat().st_mtime_ns)
+WINDOW, WINDOW_OF_TWO = 64, 32  # tokens shown at once: of one scan, of two side by side
+CHANNELS, CHANNELS_OF_TWO = 64, 32
+Firsts = Sequence[int | None]
+"""The first outlier layer of each scan shown, by the chosen rule."""
 
 
 def clicked(chart: str) -> None:
@@ -106,10 +32,164 @@ def clicked(chart: str) -> None:
         st.session_state["outlier_layer"] = int(points[0]["customdata"][0])
 
 
-def covered(tokens: pd.DataFrame, n_sequences: int) -> str:
-    """Which sequences the token table holds; empty if all of them."""
-    kept = tokens["sequence"].nunique()
-    return f"first {kept} of {n_sequences} sequences" if kept < n_sequences else ""
+def chart(figure: go.Figure, name: str, alt: str, index: int, links: bool = False) -> None:
+    """Draw a figure of the ``index``-th scan shown; ``links``: a click selects a layer."""
+    key = name if index == 0 else f"{name}_other"
+    if links:
+        st.plotly_chart(
+            figure, key=key, on_select=lambda: clicked(key), selection_mode="points", alt=alt
+        )
+    else:
+        st.plotly_chart(figure, key=key, alt=alt)
+
+
+def side_by_side(scans: Sequence[Scan], draw: Callable[[int, Scan], None]) -> None:
+    """Draw each scan in a column of its own; a single one over the whole width."""
+    if len(scans) == 1:
+        draw(0, scans[0])
+        return
+    for index, (place, scan) in enumerate(zip(st.columns(len(scans)), scans, strict=True)):
+        with place:
+            st.caption(plain(f"{'AB'[index]}: {scan.title}"))
+            draw(index, scan)
+
+
+def choose_other(scan: Scan) -> Scan | None:
+    """The scan to compare with, if the reader wants one: another model, text or setting."""
+    others = {
+        e.run_id: e
+        for e in history.entries(("scan",))
+        if e.status.state == "done" and e.run_id != scan.entry.run_id
+    }
+    if not others:
+        return None
+    wanted = st.query_params.get("with")
+    st.session_state["compare_with"] = wanted if wanted in others else ""
+
+    def remember() -> None:
+        chosen = st.session_state["compare_with"]
+        if not chosen:
+            st.query_params.pop("with", None)
+        else:
+            st.query_params["with"] = chosen
+
+    chosen = st.selectbox(
+        "Compare with",
+        ["", *others],
+        format_func=lambda r: others[r].label if r else "no other scan",
+        key="compare_with",
+        on_change=remember,
+        help="Two models, or one model on two texts, side by side on one scale",
+    )
+    return Scan(others[chosen]) if chosen else None
+
+
+def profiles(scans: Sequence[Scan], firsts: Firsts, selected: int) -> dict[str, go.Figure]:
+    """Statistics by layer of one part; the figures of the first scan by title."""
+    st.subheader("Statistics by layer", anchor=False)
+    there = [part for part in PARTS if all(part in scan.parts() for scan in scans)]
+    part = there[0]
+    if len(there) > 1:
+        part = st.segmented_control(
+            "Part of the block",
+            there,
+            format_func=PARTS.get,
+            default=there[0],
+            key="outlier_part",
+            required=True,
+        )
+    tables = [scan.part(part) for scan in scans]
+    columns = [c for c in ("top1", "q10", "median") if all(c in t for t in tables)]
+    scale = plots.log_range(*(t[c] for t in tables for c in columns))
+    figures: dict[str, go.Figure] = {}
+
+    def draw(index: int, scan: Scan) -> None:
+        table = tables[index]
+        profile = plots.profile(table, firsts[index], selected, scale if len(scans) > 1 else None)
+        alt = "Top-1 to top-3, median and quantiles of magnitudes by layer"
+        chart(profile, "profile_chart", alt, index)
+        found = {f"Profile, {PARTS[part].lower()}": profile}
+        if "kurtosis" in table:
+            kurtosis = plots.kurtosis(table, firsts[index])
+            chart(kurtosis, "kurtosis_chart", "Kurtosis by layer", index)
+            found[f"Kurtosis, {PARTS[part].lower()}"] = kurtosis
+        if index == 0:
+            figures.update(found)
+
+    side_by_side(scans, draw)
+    return figures
+
+
+def by_channel(scans: Sequence[Scan], firsts: Firsts, selected: int) -> go.Figure:
+    """Layer x channel; the first scan's figure."""
+    st.subheader("Layer by channel", anchor=False)
+    count = CHANNELS if len(scans) == 1 else CHANNELS_OF_TWO
+    one_model = len({(s.entry.job.model, s.entry.job.revision) for s in scans}) == 1
+    shared = plots.top_channels(pd.concat([s.channels for s in scans]), count)
+    shown = [shared if one_model else plots.top_channels(s.channels, count) for s in scans]
+    scale = plots.log_range(
+        *(
+            s.channels.loc[s.channels["channel"].isin(columns), "magnitude"]
+            for s, columns in zip(scans, shown, strict=True)
+        )
+    )
+    figures = []
+
+    def draw(index: int, scan: Scan) -> None:
+        figure = plots.channel_heatmap(scan.channels, firsts[index], selected, shown[index], scale)
+        figures.append(figure)
+        alt = "Largest magnitude by layer and channel"
+        chart(figure, "channel_chart", alt, index, links=True)
+
+    side_by_side(scans, draw)
+    return figures[0]
+
+
+def by_token(scans: Sequence[Scan], firsts: Firsts, selected: int) -> go.Figure:
+    """Layer x token of one sequence of each scan; the first scan's figure."""
+    st.subheader("Layer by token", anchor=False)
+    if scans[0].covered:
+        st.caption(f"The {scans[0].covered}: tokens of the others are not kept.")
+    window = WINDOW if len(scans) == 1 else WINDOW_OF_TWO
+    sequence, start = choose_sequence([s.tokens for s in scans], window)
+    parts = [s.tokens[s.tokens["sequence"] == sequence] for s in scans]
+    scale = plots.log_range(*(part["magnitude"] for part in parts))
+    figures = []
+
+    def draw(index: int, scan: Scan) -> None:
+        if not (parts[index]["position"] >= start).any():
+            st.caption("This scan has no tokens there.")
+            return
+        figure = plots.token_heatmap(
+            scan.tokens, sequence, start, window, firsts[index], selected, scale
+        )
+        figures.append(figure)
+        chart(figure, "token_chart", "Largest magnitude by layer and token", index, links=True)
+
+    side_by_side(scans, draw)
+    st.caption("Click a cell to see its layer below, or choose the layer there.")
+    return figures[0]
+
+
+def choose_sequence(tables: Sequence[pd.DataFrame], window: int) -> tuple[int, int]:
+    """Which sequence, and from which position on; asked only when there is a choice."""
+    tokens = tables[0]
+    sequences = sorted(int(s) for s in tokens["sequence"].unique())
+    with st.container(horizontal=True):
+        sequence = sequences[0]
+        if len(sequences) > 1:
+            sequence = st.selectbox("Sequence", sequences, key="token_sequence", width=140)
+        length = int(tokens.loc[tokens["sequence"] == sequence, "position"].max()) + 1
+        start = 0
+        if length > window:
+            start = st.select_slider(
+                "Positions",
+                list(range(0, length, window)),
+                key=f"token_start_{length}_{window}",
+                width=260,
+                format_func=lambda s: f"{s} to {min(s + window, length) - 1}",
+            )
+    return sequence, start
 
 
 def top_tokens(layer: int, row: pd.Series, tokens: pd.DataFrame) -> pd.DataFrame:
@@ -131,14 +211,8 @@ def top_tokens(layer: int, row: pd.Series, tokens: pd.DataFrame) -> pd.DataFrame
     return table.assign(token=table["token"].map(plots.visible))
 
 
-def detail(
-    layer: int,
-    row: pd.Series,
-    channels: pd.DataFrame,
-    tokens: pd.DataFrame,
-    part: str,
-) -> None:
-    """The largest magnitudes of one layer, with their tokens and channels."""
+def metrics(row: pd.Series) -> None:
+    """Top-1 to 3 and the median of a layer."""
     with st.container(horizontal=True):
         for r in (1, 2, 3):
             st.metric(
@@ -147,7 +221,7 @@ def detail(
                 border=True,
                 width=210,
                 delta=f"{plots.visible(row[f'top{r}_token'])[:14]} · "
-                f"channel {row[f'top{r}_channel']}",
+                f"channel {row[f'top{r}_channel']:.0f}",
                 delta_color="off",
                 delta_arrow="off",
             )
@@ -161,169 +235,105 @@ def detail(
             delta_color="off",
             delta_arrow="off",
         )
-    magnitude = st.column_config.NumberColumn("magnitude", format="%.4g")
-    left, right = st.columns(2)
-    with left:
-        st.markdown("Top tokens")
-        st.dataframe(
-            top_tokens(layer, row, tokens),
-            hide_index=True,
-            key="top_tokens",
-            column_config={"magnitude": magnitude},
-        )
-        if part:
-            st.caption(f"Top-1 to top-3 of the whole scan, and the rest from the {part}.")
-    with right:
-        st.markdown("Top channels")
-        top = channels[channels["layer"] == layer].nlargest(10, "magnitude")
-        st.dataframe(
-            top[["channel", "magnitude"]],
-            hide_index=True,
-            key="top_channels",
-            column_config={"magnitude": magnitude},
-        )
 
 
-def choose_sequence(tokens: pd.DataFrame) -> tuple[int, int]:
-    """Which sequence, and from which position on; asked only when there is a choice."""
-    sequences = sorted(int(s) for s in tokens["sequence"].unique())
-    with st.container(horizontal=True):
-        sequence = sequences[0]
-        if len(sequences) > 1:
-            sequence = st.selectbox("Sequence", sequences, key="token_sequence", width=140)
-        length = int(tokens.loc[tokens["sequence"] == sequence, "position"].max()) + 1
-        start = 0
-        if length > WINDOW:
-            start = st.select_slider(
-                "Positions",
-                list(range(0, length, WINDOW)),
-                key=f"token_start_{length}",
-                width=260,
-                format_func=lambda s: f"{s} to {min(s + WINDOW, length) - 1}",
+def detail(scans: Sequence[Scan], layer: int) -> None:
+    """The largest magnitudes of one layer, with their tokens and channels."""
+    magnitude = {"magnitude": st.column_config.NumberColumn("magnitude", format="%.4g")}
+
+    def draw(index: int, scan: Scan) -> None:
+        if layer not in scan.layers:
+            st.caption(f"This model has no layer {layer}.")
+            return
+        row = scan.tables.layers.set_index("layer").loc[layer]
+        metrics(row)
+        left, right = st.columns([3, 2])
+        with left:
+            st.markdown("Top tokens")
+            st.dataframe(
+                top_tokens(layer, row, scan.tokens),
+                hide_index=True,
+                key=f"top_tokens_{index}",
+                column_config=magnitude,
             )
-    return sequence, start
-
-
-def downloads(
-    entry: history.Entry, tables: dict[str, pd.DataFrame], verdict: Verdict, figures: list
-) -> None:
-    """CSV of every table, the summary and one HTML report."""
-    part = covered(tokens := tables["tokens"], sequences(entry, tokens))
-    st.caption(
-        "Layers are 0-based; layer -1 is the embedding output. layers.csv: every layer over the "
-        "whole scan. channels.csv: the largest magnitude by layer and channel. tokens.csv: the "
-        f"largest magnitude by layer and token{f', of the {part}' if part else ''}. summary.json: "
-        "job, device, precision and verdicts of the three."
-    )
-    with st.container(horizontal=True, key="scan_downloads"):
-        for name, frame in tables.items():
-            st.download_button(
-                f"{name}.csv",
-                lambda frame=frame: export.csv_bytes(frame),
-                f"{entry.run_id}-{name}.csv",
-                "text/csv",
-                key=f"download_{name}",
-                icon=":material/download:",
-                on_click="ignore",
+            if scan.covered:
+                st.caption(f"Top-1 to top-3 of the whole scan, the rest from the {scan.covered}.")
+        with right:
+            st.markdown("Top channels")
+            top = scan.channels[scan.channels["layer"] == layer].nlargest(10, "magnitude")
+            st.dataframe(
+                top[["channel", "magnitude"]],
+                hide_index=True,
+                key=f"top_channels_{index}",
+                column_config=magnitude,
             )
-        st.download_button(
-            "summary.json",
-            lambda: export.json_bytes(
-                {"run_id": entry.run_id, "job": entry.job.model_dump(mode="json")}
-                | entry.summary
-                | {"provenance": entry.run.result_json("provenance.json")}
-            ),
-            f"{entry.run_id}-summary.json",
-            "application/json",
-            key="download_summary",
-            icon=":material/download:",
-            on_click="ignore",
-        )
-        st.download_button(
-            "Figures (HTML)",
-            lambda: export.html_bytes(
-                f"Activation scan of {entry.job.model}",
-                figures,
-                [verdict.reason, f"Run {entry.run_id}. Layers are 0-based."],
-                command_line(entry.job),
-            ),
-            f"{entry.run_id}.html",
-            "text/html",
-            key="download_html",
-            icon=":material/download:",
-            on_click="ignore",
-        )
+
+    side_by_side(scans, draw)
 
 
-def sequences(entry: history.Entry, tokens: pd.DataFrame) -> int:
-    """How many sequences were scanned."""
-    return entry.summary.get("n_sequences") or tokens["sequence"].nunique()
+def select(scan: Scan, named: int | None) -> int:
+    """The selected layer: the clicked one, else the one that the rule names."""
+    # A click lands in this key before the widget is drawn further down.
+    if (
+        st.session_state.get("outlier_layer") not in scan.layers
+        or st.session_state.get("outlier_layer_of") != scan.entry.run_id
+    ):
+        st.session_state["outlier_layer"] = scan.layers[0] if named is None else named
+    st.session_state["outlier_layer_of"] = scan.entry.run_id
+    return st.session_state["outlier_layer"]
+
+
+def weighting(scan: Scan, verdicts: dict[str, Verdict], first: int | None) -> go.Figure | None:
+    """The layer weights of OWL and OwLore."""
+    if scan.tables.owl is None or scan.tables.owl.empty:
+        return None
+    m = verdicts["owl"].parameters["m"]
+    figure = plots.layer_weights(owl_weights(scan.tables.owl, m), m, first)
+    with st.expander("Layer weights of OWL and OwLore", key="owl_weights"):
+        st.plotly_chart(figure, key="owl_chart", alt="Share of outlying Wanda scores by layer")
+    return figure
 
 
 def results(entry: history.Entry) -> None:
     """Everything a finished scan shows."""
+    scan = Scan(entry)
     try:
-        layers, channels, tokens = (table(entry, n) for n in ("layers", "channels", "tokens"))
+        n_layers, _ = len(scan.layers), scan.tokens
     except (OSError, ValueError) as error:
         st.error(f"The results of this scan cannot be read: {plain(str(error))}")
         return
-    blocks = [int(k) for k in layers["layer"] if k >= 0]
-    n_layers = len(blocks)
-    verdict = judge(layers, n_layers)
-    st.subheader("Profile by layer", anchor=False)
-    profile = plots.profile(layers, verdict.layer)
-    st.plotly_chart(
-        profile, key="profile_chart", alt="Top-1 to top-3 and median magnitude by layer"
-    )
-
-    # A click lands in this key before the widget is drawn further down.
-    default = verdict.layer if verdict.layer is not None else blocks[0]
-    if (
-        st.session_state.get("outlier_layer") not in blocks
-        or st.session_state.get("outlier_layer_of") != entry.run_id
-    ):
-        st.session_state["outlier_layer"] = default
-    st.session_state["outlier_layer_of"] = entry.run_id
-    selected = st.session_state["outlier_layer"]
-    st.subheader("Layer by channel", anchor=False)
-    by_channel = plots.channel_heatmap(channels, verdict.layer, selected)
-    st.plotly_chart(
-        by_channel,
-        key="channel_chart",
-        on_select=lambda: clicked("channel_chart"),
-        selection_mode="points",
-        alt="Largest magnitude by layer and channel",
-    )
-    st.subheader("Layer by token", anchor=False)
-    part = covered(tokens, sequences(entry, tokens))
-    if part:
-        st.caption(f"The {part}: tokens of the others are not kept.")
-    sequence, start = choose_sequence(tokens)
-    by_token = plots.token_heatmap(tokens, sequence, start, WINDOW, verdict.layer, selected)
-    st.plotly_chart(
-        by_token,
-        key="token_chart",
-        on_select=lambda: clicked("token_chart"),
-        selection_mode="points",
-        alt="Largest magnitude by layer and token",
-    )
-    st.caption("Click a cell to see its layer below, or choose the layer there.")
+    rule, verdicts = judge(scan.tables, n_layers, entry.summary.get("published"))
+    first = verdicts[rule].layer
+    scans, firsts = [scan], [first]
+    other = choose_other(scan)
+    if other is not None:
+        try:
+            n_other, _ = len(other.layers), other.tokens
+            numbers = thresholds(n_other)[rule]
+            firsts.append(first_outlier_layer(rule, other.tables, **numbers).layer)
+            scans.append(other)
+        except (OSError, ValueError) as error:
+            st.error(f"The other scan cannot be read: {plain(str(error))}")
+    selected = select(scan, first)
+    figures = profiles(scans, firsts, selected)
+    figures["Layer by channel"] = by_channel(scans, firsts, selected)
+    figures["Layer by token"] = by_token(scans, firsts, selected)
 
     st.subheader("Layer detail", anchor=False)
     with st.container(horizontal=True, vertical_alignment="bottom", key="layer_detail"):
         layer = st.selectbox(
             "Layer",
-            blocks,
+            scan.layers,
             key="outlier_layer",
             width=260,
             format_func=lambda k: layer_name(k, n_layers),
         )
         fine_tune(layer, f"Fine-tune layer {layer}", "fine_tune_selected")
-    detail(layer, layers[layers["layer"] == layer].iloc[0], channels, tokens, part)
-
-    st.subheader("Export", anchor=False)
-    figures = [("Profile", profile), ("Layer by channel", by_channel), ("Layer by token", by_token)]
-    downloads(entry, {"layers": layers, "channels": channels, "tokens": tokens}, verdict, figures)
+    detail(scans, layer)
+    weights = weighting(scan, verdicts, first)
+    if weights is not None:
+        figures["Layer weights"] = weights
+    exports(scan, verdicts, figures)
 
 
 def show(entry: history.Entry) -> None:
@@ -334,7 +344,7 @@ def show(entry: history.Entry) -> None:
 
 begin(
     "Outliers",
-    "A scan records the largest activations after every decoder layer. The Dominant-Layer paper "
+    "A scan records the largest activations in every decoder layer. The Dominant-Layer paper "
     "suggests starting fine-tuning with the layer where massive activations first appear.",
 )
 choice = current()

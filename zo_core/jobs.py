@@ -26,7 +26,7 @@ from zo_core.run_jobs import Device, ExportJob, ReplayJob
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Noise = Literal["gaussian", "rademacher", "sphere"]
-Rule = Literal["emergence", "massive", "systematic"]
+Rule = Literal["emergence", "massive", "systematic", "zscore"]
 TextSource = Literal["sample", "prompt", "task"]
 Bos = Literal["auto", "add", "none"]
 ForwardPath = Literal["auto", "fast", "reference"]

@@ -1,6 +1,5 @@
 """Streaming block by block: the same bits as the ordinary scan, and clear words on bad files."""
 
-import json
 import random
 from pathlib import Path
 
@@ -9,10 +8,8 @@ import pytest
 
 from tests.unit.families import save
 from tests.unit.planted import FAMILIES, Plant, build
-from zo_core.analysis import streaming
 from zo_core.analysis.activations import ActivationScan
 from zo_core.analysis.streaming import scan_blockwise
-from zo_core.errors import UserError
 from zo_core.jobs import ModelFields
 from zo_core.models.blockwise import BlockwiseModel
 from zo_core.models.load import load
@@ -30,7 +27,9 @@ def sequences() -> list[list[int]]:
 
 def assert_same(one: ActivationScan, other: ActivationScan) -> None:
     for name in TABLES:
-        pd.testing.assert_frame_equal(getattr(one, name)(), getattr(other, name)(), check_exact=True)
+        pd.testing.assert_frame_equal(
+            getattr(one, name)(), getattr(other, name)(), check_exact=True
+        )
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

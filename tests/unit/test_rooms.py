@@ -89,7 +89,7 @@ def test_import_graph_of_the_pages_has_nothing_heavy() -> None:
 def test_pages_import_only_their_rooms() -> None:
     """design.md, "Rooms": what `app.py` and `pages/` may import of the core."""
     allowed = re.compile(
-        r"zo_core(\.(runs|backend|jobs|scope_spec|plots|export|artifacts|settings|errors)(\..*)?"
+        r"zo_core(\.(runs|backend|jobs|scope_spec|plots|export|artifacts|reports|settings|errors)(\..*)?"
         r"|\.analysis(\.outliers(\..*)?)?|\.models(\.(catalog|memory)(\..*)?)?"
         r"|\.tasks(\.catalog(\..*)?)?)?"
     )
@@ -131,6 +131,9 @@ def test_lower_rooms_do_not_import_upper_ones() -> None:
             "models",
             "export",
             "compare",
+        },
+        "zo_core.reports": {
+            *("settings", "errors", "jobs", "runs", "analysis", "plots", "export", "reports"),
         },
         "zo_core.export": {"settings", "errors", "jobs", "runs"},
         "zo_core.artifacts": {
@@ -193,6 +196,10 @@ def test_every_page_runs_without_torch(tmp_path: Path) -> None:
         "zo_core.models.catalog",
         "zo_core.artifacts.place",
         "zo_core.artifacts.card",
+        "zo_core.analysis.outliers",
+        "zo_core.analysis.outliers.known",
+        "zo_core.reports.scan",
+        "zo_core.reports.images",
         "zo_core.compare.driver",
         "zo_core.compare.tables",
     ],

@@ -230,6 +230,10 @@ class ActivationScan:
         columns = (broken["layer"], broken["nonfinite"], broken["nonfinite_token"])
         return [(int(k), int(n), str(t)) for k, n, t in zip(*columns, strict=True)]
 
+    def begins_with(self, token: int | None) -> bool:
+        """Whether every sequence begins with this token."""
+        return token is not None and all(s[0] == token for s in self._sequences)
+
     @property
     def n_tokens(self) -> int:
         """Tokens scanned."""

@@ -105,4 +105,18 @@ def _describe(weight: torch.Tensor) -> dict[str, Any]:
         for rank, (size, place) in enumerate(places, start=1):
             row |= {f"{name}_top{rank}": size, f"{name}_top{rank}_{name}": place}
         row |= {f"{name}_median": float(sizes.median()), f"{name}_mean": float(sizes.mean())}
-    return row
+    return row | _column_peak(weight)
+
+
+def _column_peak(weight: torch.Tensor) -> dict[str, Any]:
+    """Largest / mean magnitude of a column, where that is largest (An et al. 2025, fig. 5)."""
+    magnitude = weight.abs()
+    largest, rows = magnitude.max(0)
+    peaks = (largest.float() / magnitude.mean(0, dtype=torch.float32)).nan_to_num(0.0)
+    column = int(peaks.argmax())
+    return {
+        "column_peak": float(peaks[column]),
+        "column_peak_column": column,
+        "column_peak_row": int(rows[column]),
+        "column_peak_median": float(peaks.median()),
+    }

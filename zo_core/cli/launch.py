@@ -109,6 +109,9 @@ def _print_summary(run: Run, summary: dict[str, Any]) -> None:
             typer.echo(
                 f"{rule:12} {'none' if layer is None else f'layer {layer}':9} {verdict['reason']}"
             )
+        typer.echo(summary["consensus"])
+        for answer in (summary["published"] or {}).get("answers", []):
+            typer.echo(f"{summary['published']['name']}, {answer['sentence']}")
     elif kind == "mechanism":
         _print_mechanism(summary)
     elif kind == "probe":

@@ -185,24 +185,32 @@ def _header_shapes(file: Path) -> Shapes:
         ) from error
 
 
+def cached_folder(model: str, revision: str | None = None) -> Path | None:
+    """Where the local hub cache has a model with its safetensors weights, or None.
+
+    Raises:
+        ModelError: it is there and its index cannot be read.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(model, "config.json", revision=revision)
+    if isinstance(cached, str) and weight_files(Path(cached).parent):
+        return Path(cached).parent
+    return None
+
+
 def _read_hub(
     model: str, revision: str | None
 ) -> tuple[dict[str, Any], Shapes, dict[str, Any] | None]:
     # Imported here: the bundled model must not pay for it.
-    from huggingface_hub import (
-        HfApi,
-        get_safetensors_metadata,
-        hf_hub_download,
-        try_to_load_from_cache,
-    )
+    from huggingface_hub import HfApi, get_safetensors_metadata, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
-    cached = try_to_load_from_cache(model, "config.json", revision=revision)
-    if isinstance(cached, str) and weight_files(Path(cached).parent):
-        folder = Path(cached).parent
+    folder = cached_folder(model, revision)
+    if folder is not None:
         tokenizer_file = folder / "tokenizer_config.json"
         tokenizer = _read_json(tokenizer_file) if tokenizer_file.is_file() else None
-        return _read_json(Path(cached)), _folder_shapes(folder), tokenizer
+        return _read_json(folder / "config.json"), _folder_shapes(folder), tokenizer
     try:
         # This request is not retried, so being offline shows in a second, not half a minute.
         HfApi().model_info(model, revision=revision, timeout=10)

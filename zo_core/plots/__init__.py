@@ -10,7 +10,15 @@ from zo_core.plots.gradients import distribution, eps_sweep
 from zo_core.plots.mechanism import contributions, interventions, neurons, sinks
 from zo_core.plots.probe import METRICS, overlapping, sensitivity
 from zo_core.plots.propagation import QUANTITIES, ablation, propagation
-from zo_core.plots.scan import channel_heatmap, profile, token_heatmap
+from zo_core.plots.rules import layer_weights, named_layers
+from zo_core.plots.scan import (
+    channel_heatmap,
+    kurtosis,
+    log_range,
+    profile,
+    token_heatmap,
+    top_channels,
+)
 from zo_core.plots.style import number, visible
 from zo_core.plots.tune import AXES, CURVE_POINTS, loss_curve, overlay, smooth, thin
 
@@ -29,6 +37,11 @@ __all__ = [
     "layer_sweep",
     "loss_curve",
     "neurons",
+    "kurtosis",
+    "layer_weights",
+    "log_range",
+    "loss_curve",
+    "named_layers",
     "number",
     "overlapping",
     "overlay",
@@ -40,5 +53,6 @@ __all__ = [
     "smooth",
     "thin",
     "token_heatmap",
+    "top_channels",
     "visible",
 ]

@@ -1,4 +1,7 @@
-"""Figures of an activation scan: profile by layer, layer x channel, layer x token."""
+"""Figures of an activation scan: profile by layer, layer x channel, layer x token.
+
+Several scans are compared on one scale: :func:`log_range` of all of them, given to each figure.
+"""
 
 import math
 from collections.abc import Sequence
@@ -9,16 +12,51 @@ import plotly.graph_objects as go
 
 from zo_core.plots.style import ACCENT, GREY, OKABE_ITO, finish, number, plain
 
+Range = tuple[float, float]
+"""Ends of a colour or value axis, log10."""
+BANDS = (("q10", "q90", "10 to 90 %", 0.14), ("q25", "q75", "25 to 75 %", 0.22))
 
-def profile(layers: pd.DataFrame, first: int | None = None) -> go.Figure:
-    """Top-1..3 and median magnitude by layer, log axis.
+
+def log_range(*values: pd.Series) -> Range:
+    """The log10 range of all positive finite values; (0, 1) if there are none."""
+    numbers = np.concatenate([v.to_numpy(dtype=float) for v in values])
+    numbers = numbers[np.isfinite(numbers) & (numbers > 0)]
+    if not len(numbers):
+        return 0.0, 1.0
+    return float(np.log10(numbers.min())), float(np.log10(numbers.max()))
+
+
+def profile(
+    layers: pd.DataFrame,
+    first: int | None = None,
+    selected: int | None = None,
+    scale: Range | None = None,
+) -> go.Figure:
+    """Top-1..3, median and quantile bands of the magnitudes by layer, log axis.
 
     Args:
-        layers: ``results/layers.parquet`` of a scan.
+        layers: ``results/layers.parquet`` of a scan, or one part of its ``parts.parquet``.
         first: the first outlier layer, marked if given.
+        selected: a layer chosen by the user, marked if given.
+        scale: range of the axis; None: the data's.
     """
     table = layers.sort_values("layer")
     figure = go.Figure()
+    for low, high, name, opacity in BANDS:
+        if low not in table:  # a scan of an earlier version
+            continue
+        for column, fill in ((low, None), (high, "tonexty")):
+            figure.add_scatter(
+                x=table["layer"],
+                y=table[column].where(table[column] > 0),
+                name=name,
+                mode="lines",
+                line={"width": 0},
+                fill=fill,
+                fillcolor=f"rgba(0,158,115,{opacity})",
+                hoverinfo="skip",
+                showlegend=fill is not None,
+            )
     lines = (
         ("top1", "top-1", OKABE_ITO[0], "solid", "circle"),
         ("top2", "top-2", OKABE_ITO[4], "dash", "square"),
@@ -50,6 +88,8 @@ def profile(layers: pd.DataFrame, first: int | None = None) -> go.Figure:
             customdata=where,
             hovertemplate="layer %{x}: " + name + " %{y:.4g}%{customdata}<extra></extra>",
         )
+    if selected is not None and selected != first:
+        figure.add_vline(x=selected, line={"color": GREY, "width": 1.5, "dash": "dot"})
     if first is not None:
         figure.add_vline(x=first, line={"color": ACCENT, "width": 1.5, "dash": "dot"})
         figure.add_annotation(
@@ -70,30 +110,75 @@ def profile(layers: pd.DataFrame, first: int | None = None) -> go.Figure:
         ticktext=["emb" if k < 0 else str(k) for k in ticks],
     )
     figure.update_yaxes(title="magnitude (log scale)", type="log", dtick=1, tickformat=",~g")
+    if scale is not None:
+        margin = 0.04 * (scale[1] - scale[0])
+        figure.update_yaxes(range=[scale[0] - margin, scale[1] + margin])
     # The marker's name takes the line between the legend and the plot.
     return finish(figure, 400).update_layout(margin_t=64, legend_y=1.1)
 
 
+def kurtosis(layers: pd.DataFrame, first: int | None = None) -> go.Figure:
+    """Kurtosis of the signed activations by layer, log axis; 3 is that of a normal distribution.
+
+    Args:
+        layers: as for :func:`profile`.
+        first: the first outlier layer, marked if given.
+    """
+    table = layers.sort_values("layer")
+    figure = go.Figure()
+    figure.add_scatter(
+        x=table["layer"],
+        y=table["kurtosis"].where(table["kurtosis"] > 0),
+        name="kurtosis",
+        mode="lines+markers",
+        line={"color": OKABE_ITO[1], "width": 2},
+        hovertemplate="layer %{x}: kurtosis %{y:.4g}<extra></extra>",
+    )
+    figure.add_hline(
+        y=3,
+        line={"color": GREY, "width": 1, "dash": "dash"},
+        annotation={"text": "normal distribution: 3", "font": {"color": GREY}},
+        annotation_position="top right",
+    )
+    if first is not None:
+        figure.add_vline(x=first, line={"color": ACCENT, "width": 1.5, "dash": "dot"})
+    figure.update_xaxes(title="layer (0-based)")
+    figure.update_yaxes(title="kurtosis (log scale)", type="log", dtick=1, tickformat=",~g")
+    return finish(figure, 260)
+
+
+def top_channels(channels: pd.DataFrame, count: int = 64) -> list[int]:
+    """The channels of the largest magnitudes in any layer, strongest first."""
+    blocks = channels[channels["layer"] >= 0]
+    peak = blocks.groupby("channel")["magnitude"].max()
+    return [int(c) for c in peak.nlargest(count).index]
+
+
 def channel_heatmap(
-    channels: pd.DataFrame, first: int | None = None, selected: int | None = None, count: int = 64
+    channels: pd.DataFrame,
+    first: int | None = None,
+    selected: int | None = None,
+    shown: Sequence[int] | None = None,
+    scale: Range | None = None,
 ) -> go.Figure:
-    """Layer x the ``count`` channels of the largest magnitudes, strongest first.
+    """Layer x channel: the largest magnitude of every channel of every layer.
 
     Args:
         channels: ``results/channels.parquet`` of a scan.
         first: the first outlier layer, outlined.
         selected: a layer chosen by the user, marked at the side.
-        count: number of channels shown.
+        shown: channels, in order; None: :func:`top_channels`.
+        scale: range of the colours; None: the data's.
     """
     blocks = channels[channels["layer"] >= 0]
-    peak = blocks.groupby("channel")["magnitude"].max().nlargest(count)
-    matrix = blocks[blocks["channel"].isin(peak.index)].pivot(
+    columns = top_channels(channels) if shown is None else list(shown)
+    matrix = blocks[blocks["channel"].isin(columns)].pivot(
         index="layer", columns="channel", values="magnitude"
-    )[peak.index]
-    names = [str(c) for c in matrix.columns]
-    figure = _magnitudes(
-        matrix, names, [f"channel {c}" for c in names], list(matrix.columns), first, selected
     )
+    matrix = matrix.reindex(columns=columns)
+    names = [str(c) for c in columns]
+    hovers = [f"channel {c}" for c in names]
+    figure = _magnitudes(matrix, names, hovers, columns, first, selected, scale)
     figure.update_xaxes(title=f"top {len(names)} channels by largest magnitude, strongest first")
     return figure
 
@@ -105,6 +190,7 @@ def token_heatmap(
     count: int = 64,
     first: int | None = None,
     selected: int | None = None,
+    scale: Range | None = None,
 ) -> go.Figure:
     """Layer x token of one sequence: the largest magnitude at every token.
 
@@ -115,6 +201,7 @@ def token_heatmap(
         count: number of positions shown.
         first: the first outlier layer, outlined.
         selected: a layer chosen by the user, marked at the side.
+        scale: range of the colours; None: the data's.
     """
     shown = tokens[
         (tokens["sequence"] == sequence)
@@ -126,7 +213,7 @@ def token_heatmap(
     words = shown.drop_duplicates("position").set_index("position")["token"]
     names = [plain(str(words[p])[:14]) for p in matrix.columns]
     hovers = [f"token {n} at position {p}" for n, p in zip(names, matrix.columns, strict=True)]
-    figure = _magnitudes(matrix, names, hovers, list(matrix.columns), first, selected)
+    figure = _magnitudes(matrix, names, hovers, list(matrix.columns), first, selected, scale)
     figure.update_xaxes(title="token, in order of position", tickangle=-60)
     return figure
 
@@ -138,13 +225,12 @@ def _magnitudes(
     keys: Sequence[int],
     first: int | None,
     selected: int | None,
+    scale: Range | None,
 ) -> go.Figure:
     """Heatmap of magnitudes (rows: layers) under invisible markers that take hover and clicks."""
     values = matrix.to_numpy(dtype=float)
     logs = np.log10(np.where(np.isfinite(values) & (values > 0), values, np.nan))
-    low, high = (
-        (float(np.nanmin(logs)), float(np.nanmax(logs))) if np.isfinite(logs).any() else (0.0, 1.0)
-    )
+    low, high = scale or log_range(pd.Series(values.ravel()))
     ticks = _log_ticks(low, high)
     layers = [int(k) for k in matrix.index]
     columns = [str(key) for key in keys]

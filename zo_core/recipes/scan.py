@@ -8,7 +8,9 @@ import pandas as pd
 from torch import nn
 
 from zo_core.analysis.activations import EMBEDDING, ActivationScan
-from zo_core.analysis.outliers import RULES, Verdict, first_outlier_layer
+from zo_core.analysis.outliers import ScanTables, Verdict, first_outlier_layer
+from zo_core.analysis.outliers.agreement import consensus, judge_all
+from zo_core.analysis.outliers.known import published_facts
 from zo_core.jobs import ScanJob
 from zo_core.models import resident
 from zo_core.models.load import LoadedModel
@@ -24,23 +26,17 @@ def run_scan(job: ScanJob, run: Run, context: JobContext) -> None:
     loaded = resident.acquire(job, context.log)
     began = time.perf_counter()
     scan = scan_texts(loaded, job, texts, context)
-    layers = scan.layers()
-    verdicts = {name: first_outlier_layer(name, layers) for name in RULES}
-    for name, table in (
-        ("layers", layers),
-        ("parts", scan.parts()),
-        ("channels", scan.channels()),
-        ("tokens", scan.tokens()),
-        ("weights", scan.weights()),
-        ("owl", scan.owl()),
-    ):
+    tables = ScanTables(scan.layers(), scan.parts(), scan.channels(), scan.weights(), scan.owl())
+    verdicts = judge_all(tables)
+    for name, table in {**tables.named(), "tokens": scan.tokens()}.items():
         run.write_result(f"{name}.parquet", table.to_parquet(index=False))
-    summary = _summary(job, loaded, scan, layers, verdicts, time.perf_counter() - began)
+    summary = _summary(job, loaded, scan, tables.layers, verdicts, time.perf_counter() - began)
     facts = {"run_id": run.run_id, "job": job.model_dump()}
     run.write_result("provenance.json", to_json(facts | provenance(loaded)))
     run.write_result("summary.json", to_json(summary))
     for name, verdict in verdicts.items():
         context.log(f"{name}: {verdict.reason}")
+    context.log(summary["consensus"])
     for layer, count, token in scan.nonfinite():
         context.log(f"layer {layer} has {count} NaN or infinite activations, first at {token!r}")
 
@@ -93,6 +89,7 @@ def _summary(
     seconds: float,
 ) -> dict[str, Any]:
     blocks = layers[layers["layer"] != EMBEDDING]
+    with_bos = scan.begins_with(loaded.tokenizer.bos_token_id)
     return {
         "model": job.model,
         "revision": job.revision,
@@ -103,8 +100,17 @@ def _summary(
         "top1": blocks["top1"].tolist(),
         "median": blocks["median"].tolist(),
         "first_outlier_layer": {name: v.layer for name, v in verdicts.items()},
-        "verdicts": {n: {"layer": v.layer, "reason": v.reason} for n, v in verdicts.items()},
-        "bos": {"setting": job.bos, "token": loaded.tokenizer.bos_token},
+        "verdicts": {
+            name: {"layer": v.layer, "state": v.state, "reason": v.reason, "numbers": v.numbers}
+            for name, v in verdicts.items()
+        },
+        "consensus": consensus(verdicts),
+        "published": published_facts(job.model, loaded.info, with_bos),
+        "bos": {
+            "setting": job.bos,
+            "token": loaded.tokenizer.bos_token,
+            "in_text": with_bos,
+        },
         "nonfinite": blocks["nonfinite"].tolist(),
         "text": job.text,
         "n_sequences": scan.n_sequences,
