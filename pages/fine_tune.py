@@ -6,6 +6,7 @@ import streamlit as st
 
 from pages.parts import curve, exports, history, launch, run_view, tune_facts
 from pages.parts.choice import Choice, current, describe, line
+from pages.parts.device_memory import tune_line
 from pages.parts.forms import data_folder, missing_layers, task_picker
 from pages.parts.frame import begin
 from pages.parts.live_chart import live_chart
@@ -164,6 +165,7 @@ def form(choice: Choice) -> None:
     if values["task"] == OWN:
         values |= own_fields("tune")
     preview("tune", values, choice)
+    tune_line(choice, values)
     launch.launch_row(
         TuneJob,
         values | choice.fields(),

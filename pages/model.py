@@ -1,15 +1,14 @@
 """Model page: the way through the app, and which model to look at in which precision."""
 
 import re
-import socket
 from pathlib import Path
 
 import pandas as pd
-import psutil
 import streamlit as st
 
 from pages.parts import history, launch, run_view
 from pages.parts.choice import Choice, current, describe, remember
+from pages.parts.device_memory import Device, dtype_of, gpus
 from pages.parts.frame import begin
 from pages.parts.routes import PAGES
 from pages.parts.words import count, layer_name, plain, size
@@ -131,7 +130,7 @@ def pick(choice: Choice) -> Choice:
     if missing:
         model, revision = choice.model, choice.revision
         st.info(f"{missing} Until then the model is still **{plain(choice.label)}**.")
-    devices = ["auto", "cpu", *sorted({w["device"] for w in _gpus()})]
+    devices = ["auto", "cpu", *sorted({w["device"] for w in gpus()})]
     if choice.device not in devices:
         devices.append(choice.device)
     dtypes = list(dict.fromkeys(["auto", *DTYPES, choice.dtype]))
@@ -173,15 +172,12 @@ def folder(typed: str) -> tuple[str, str]:
     return "", f"There is no folder {plain(typed)}."
 
 
-def _gpus() -> list[dict]:
-    return [w for w in backend.workers() if str(w.get("device", "")).startswith("cuda")]
-
-
 def memory(choice: Choice, info: ModelInfo) -> None:
     """What each use needs in each precision, against what the worker has free."""
-    gpu = choice.device.startswith("cuda") or (choice.device == "auto" and bool(_gpus()))
-    dtype = choice.dtype if choice.dtype != "auto" else "bfloat16" if gpu else "float32"
-    needs: dict[str, MemoryEstimate] = {d: estimate(info, d) for d in DTYPES}
+    device, dtype = Device.of(choice), dtype_of(choice)
+    needs: dict[str, MemoryEstimate] = {
+        d: estimate(info, d, device_bytes=device.gpu_bytes) for d in DTYPES
+    }
     st.dataframe(
         pd.DataFrame(
             [
@@ -196,7 +192,7 @@ def memory(choice: Choice, info: ModelInfo) -> None:
         hide_index=True,
         key="memory_table",
     )
-    free = _free(choice, gpu)
+    free = device.free
     if free is None:
         st.caption("How much memory the worker has free is not known yet.")
         return
@@ -214,24 +210,6 @@ def memory(choice: Choice, info: ModelInfo) -> None:
         + ("Try bfloat16." if smaller else "Unload other models, or choose a smaller model."),
         icon=":material/memory:",
     )
-
-
-def _free(choice: Choice, gpu: bool) -> int | None:
-    """Free memory of the worker that would take the model; its own copy of it counts as free."""
-    for worker in _gpus() if gpu else backend.workers():
-        if choice.device.startswith("cuda:") and worker.get("device") != choice.device:
-            continue
-        free = worker.get("device_memory_free")
-        if not gpu and worker["process"]["host"] == socket.gethostname():
-            free = psutil.virtual_memory().available
-        if free is not None:
-            held = sum(
-                m.get("bytes") or 0
-                for m in worker.get("resident") or []
-                if m.get("model") == choice.model
-            )
-            return free + held
-    return None
 
 
 def architecture(info: ModelInfo) -> None:

@@ -105,6 +105,9 @@ def test_estimated_weights_are_the_bytes_that_are_loaded(dtype: str) -> None:
 def test_a_larger_batch_needs_more_memory() -> None:
     info = describe("demo")
     small, large = estimate(info, "float32", rows=1, tokens=8), estimate(info, "float32", rows=64)
+    gpu = estimate(info, "bfloat16", device_bytes=2**36)
+    assert gpu.tune_layer > estimate(info, "bfloat16").tune_layer  # its graphs
+    assert gpu.weights == estimate(info, "bfloat16").weights
     for name in memory.MemoryEstimate.__dataclass_fields__:
         assert (getattr(large, name) > getattr(small, name)) == (name != "weights"), name
 

@@ -43,6 +43,8 @@ def test_advanced_settings_and_other_scopes(tmp_path: Path) -> None:
         app.text_input(key="tune_scope_text").set_value("prefix").run()
         app.selectbox(key="tune_path").set_value("fast").run()
         print(app.warning[0].value)
+        app.selectbox(key="tune_path").set_value("reference").run()
+        print(next(c.value for c in app.caption if "Memory:" in c.value))
         assert not app.exception, app.exception
     """
     lines = run_python(code, tmp_path).strip().splitlines()
@@ -57,6 +59,7 @@ def test_advanced_settings_and_other_scopes(tmp_path: Path) -> None:
     assert "there is no layer 99" in lines[5]
     assert "choose full" in lines[6]
     assert "path fast is not possible" in lines[7]
+    assert "fp32 master" in lines[8]
 
 
 def test_an_ended_run_offers_its_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

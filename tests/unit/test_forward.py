@@ -98,6 +98,22 @@ def test_fast_equals_reference(tiny: LoadedModel, layer: int, batch: list[Exampl
         scope.close()
 
 
+@pytest.mark.parametrize("batch", [SINGLE, SEVERAL], ids=["one", "several"])
+def test_buckets_change_nothing(tiny: LoadedModel, batch: list[Example]) -> None:
+    """What a CUDA graph would run, launch by launch: rounded sizes, padded attention."""
+    plain, rounded = FastForward(tiny, 2), FastForward(tiny, 2, graphs=True)
+    rounded.use_graphs(False)
+    scope = TunedScope(scope_parameters(tiny, 2))
+    try:
+        for part in (batch, batch[:1], batch):
+            wanted = plain.logits_at(plain.prepare(part), scope, POINTS)
+            got = rounded.logits_at(rounded.prepare(part), scope, POINTS)
+            for a, b in zip(got, wanted, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    finally:
+        scope.close()
+
+
 def test_points_side_by_side_equal_one_at_a_time(tiny: LoadedModel) -> None:
     """Four points at once give what each gives alone; the model's own weights are untouched."""
     fast = FastForward(tiny, 3)

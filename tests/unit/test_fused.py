@@ -73,7 +73,7 @@ def run(
         working = {n: p.clone() for n, p in scope.parameters.items()}
         scope.close()
     for name, tensor in weights.items():
-        assert torch.equal(working[name], tensor.to(torch.bfloat16)), name
+        assert torch.equal(working[name], tensor.to(working[name].dtype)), name
     return ledger, weights
 
 
@@ -94,6 +94,19 @@ def test_graphs_and_waiting_change_nothing(
     for other in (run(demo, examples, job, graphs=False), run(demo, examples, job, looks=1)):
         assert other[0] == ledger
         assert same(other[1], weights)
+
+
+def test_graphs_of_float32_change_nothing(examples: list[Example]) -> None:
+    """Padded attention is captured as well as flash attention, and TF32 stays off."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    assert not torch.backends.cuda.matmul.allow_tf32
+    wide = load(ModelFields(device="cuda", dtype="float32"))
+    job = TuneJob(steps=STEPS, scope="layer:3", lr=1e-4)
+    ledger, weights = run(wide, examples, job)
+    other = run(wide, examples, job, graphs=False)
+    assert other[0] == ledger
+    assert same(other[1], weights)
 
 
 @pytest.mark.parametrize("stop", [0, 17])

@@ -10,6 +10,7 @@ from tests.unit import families
 from zo_core.errors import UserError
 from zo_core.jobs import ModelFields, ScanJob, TuneJob
 from zo_core.models.load import LoadedModel, load
+from zo_core.models.memory import LORA_RANK, PREFIX_LENGTH
 from zo_core.scope_spec import FORMS, parse
 from zo_core.tasks.texts import texts_of, tokenise
 from zo_core.zo import noise
@@ -17,7 +18,6 @@ from zo_core.zo.optimizers import OPTIMIZERS
 from zo_core.zo.scope import Draw, Point, TunedScope
 from zo_core.zo.scopes import Selection, lora, select
 from zo_core.zo.scopes.channels import channel_magnitudes
-from zo_core.zo.scopes.prefix import LENGTH
 from zo_core.zo.scopes.random_layer import draw_layer
 
 SCOPES = (
@@ -274,7 +274,7 @@ def test_lora_starts_as_the_model_and_is_a_function_of_the_seed(
         assert torch.equal(logits(loaded), before)
         assert all(f".{3}." in n for n in selection.parameters)
         assert {p.dtype for p in selection.parameters.values()} == {loaded.dtype}
-        assert all(lora.RANK in p.shape for p in selection.parameters.values())
+        assert all(LORA_RANK in p.shape for p in selection.parameters.values())
         seen.append({n: p.clone() for n, p in selection.parameters.items()})
         selection.close()
     assert all(torch.equal(seen[0][n], seen[1][n]) for n in seen[0])
@@ -303,8 +303,10 @@ def test_prefix_starts_as_the_tokens_it_was_made_of(
     """Virtual keys and values of 5 tokens = the tokens themselves in front, padded rows too."""
     loaded = family(name)
     generator = torch.Generator().manual_seed(7)
-    tokens = torch.randint(loaded.info.vocab_size, (1, LENGTH), generator=generator).tolist()[0]
-    wanted = logits(loaded, [tokens + ROW[0]])[:, LENGTH:]
+    tokens = torch.randint(
+        loaded.info.vocab_size, (1, PREFIX_LENGTH), generator=generator
+    ).tolist()[0]
+    wanted = logits(loaded, [tokens + ROW[0]])[:, PREFIX_LENGTH:]
     selection = select(loaded, parse("prefix"), seed=7)
     torch.testing.assert_close(logits(loaded), wanted, rtol=1e-4, atol=1e-5)
     with torch.no_grad():

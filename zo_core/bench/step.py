@@ -24,6 +24,7 @@ from zo_core.bench.phases import our_phases
 from zo_core.bench.shapes import build, examples
 from zo_core.jobs import TuneJob
 from zo_core.models.load import LoadedModel
+from zo_core.models.memory import tuning
 from zo_core.provenance import provenance
 from zo_core.tasks.templates import Example
 from zo_core.zo.forward import FastForward
@@ -55,6 +56,8 @@ class ArmTime:
     """By phase, measured apart, with a synchronisation after each."""
     peak_bytes: int | None
     """Device memory at its highest, weights included."""
+    expected_bytes: int | None = None
+    """What :mod:`zo_core.models.memory` expects of it; for ours, on a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +204,9 @@ class _TaskBench:
         def summary(name: str) -> ArmTime:
             values = times[name]
             return ArmTime(
-                statistics.median(values), min(values), max(values), phases[name], peaks[name]
+                *(statistics.median(values), min(values), max(values)),
+                *(phases[name], peaks[name]),
+                self._expected() if name == "ours" else None,
             )
 
         return TaskTimes(
@@ -216,6 +221,24 @@ class _TaskBench:
             floor=floor,
             flops=flops,
         )
+
+    def _expected(self) -> int | None:
+        if self._kind != "cuda":
+            return None
+        counts = [
+            [pack([e.rows], torch.device("cpu"))[2].tokens for e in batch]
+            for batch in self._batches
+        ]
+        need = tuning(
+            self._loaded.info,
+            self._loaded.dtype_name,
+            self._loaded.info.layer_parameters,
+            rows=BATCH,
+            tokens=max(map(sum, counts)) // BATCH,
+            cached_tokens=sum(map(sum, counts)) if self._layer else 0,
+            device_bytes=torch.cuda.get_device_properties(self._loaded.device).total_memory,
+        )
+        return need.total
 
     def _published(self, arm: PublishedMezo, number: int) -> float:
         """Milliseconds of one step; the weights stay where and what they were."""
@@ -294,7 +317,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"transformers {facts['packages']['transformers']}, {facts['written'][:10]}",
         "",
         "| task | tokens / padded | MeZO ms | naive layer ms (ratio) | ours ms (ratio) | "
-        "GEMM floor ms (ours / floor) | utilisation | peak GiB: MeZO, ours |",
+        "GEMM floor ms (ours / floor) | utilisation | peak GiB: MeZO, ours (expected) |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for t in result["tasks"]:
@@ -303,6 +326,8 @@ def markdown(result: dict[str, Any]) -> str:
         memory = ", ".join(
             f"{a['peak_bytes'] / 2**30:.1f}" for a in (mezo, ours) if a["peak_bytes"]
         )
+        if ours["expected_bytes"]:
+            memory += f" ({ours['expected_bytes'] / 2**30:.1f})"
         lines.append(
             f"| {t['task']} | {t['tokens']:.0f} / {t['padded']:.0f} | {_spread(mezo)} | "
             f"{_spread(naive)} ({t['speedup_naive']:.1f}x) | **{_spread(ours)}** "

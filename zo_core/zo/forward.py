@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from zo_core.models.load import LoadedModel
+from zo_core.models.memory import PAIRED_SHARE
 from zo_core.tasks.scoring import Scored, layout
 from zo_core.tasks.templates import Example
 from zo_core.zo.frozen import CHUNK, FrozenLayers
@@ -28,10 +29,6 @@ from zo_core.zo.packing import Packing, pack, packed
 from zo_core.zo.paired import NotTokenwiseError, paired
 from zo_core.zo.points import Owed, move_to, write_points
 from zo_core.zo.scope import Point, TunedScope
-
-PAIRED_SHARE = 0.25
-"""Largest share of the model that is tuned with the weights of several points held side by side;
-above it, memory counts more, and nearly the whole model would be run per point anyway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +157,8 @@ class FastForward:
                 0 runs the whole model each time.
             budget: bytes the cache may take; None: 512 MiB on a CPU, a fifth of a GPU.
             chunk: examples whose prefix is computed together.
-            graphs: lay batches into buckets and replay CUDA graphs of them; CUDA, bf16 or fp16.
+            graphs: lay batches into buckets and replay CUDA graphs of them. Float32 and
+                capped scores do without flash attention: padded, with tables that stay in place.
             compiled: run the frozen blocks above the tuned layer through ``torch.compile``.
             tuned: names of the tuned parameters; blocks that hold one are not compiled.
         """
@@ -172,7 +170,13 @@ class FastForward:
             if compiled and i > layer and not any(n.startswith(f"{prefix}.{i}.") for n in tuned)
         }
         self._graphed = (
-            GraphedForward(self._launch, loaded.device, loaded.info.hidden_size, loaded.dtype)
+            GraphedForward(
+                self._launch,
+                loaded.device,
+                loaded.info.hidden_size,
+                loaded.dtype,
+                padded=bool(getattr(loaded.model.config, "attn_logit_softcapping", None)),
+            )
             if graphs
             else None
         )

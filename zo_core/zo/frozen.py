@@ -10,6 +10,7 @@ from torch import nn
 
 from zo_core.models.decoder import hidden_of
 from zo_core.models.load import LoadedModel
+from zo_core.models.memory import CACHE_SHARE, CPU_CACHE
 from zo_core.tasks.scoring import batches
 from zo_core.tasks.templates import Example
 from zo_core.zo.packing import Packing, pack, packed
@@ -193,5 +194,5 @@ def _skip(hidden_states: torch.Tensor, *_args: Any, returned: int, **_kwargs: An
 
 def _default_budget(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory // 5
-    return 512 * 2**20
+        return torch.cuda.get_device_properties(device).total_memory // CACHE_SHARE
+    return CPU_CACHE

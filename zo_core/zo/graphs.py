@@ -10,10 +10,11 @@ so are the bits.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 
-from zo_core.zo.packing import Borders, Packing, upload
+from zo_core.zo.packing import FLASH, Borders, Packing, PaddedIndex, upload
 
 FINEST = 16
 """Tokens are rounded up to a multiple of this."""
@@ -58,6 +59,7 @@ class StaticPacking:
     query_borders: torch.Tensor
     key_borders: torch.Tensor
     key_index: torch.Tensor
+    padding: PaddedIndex
 
 
 @dataclass(slots=True)
@@ -94,7 +96,12 @@ class GraphedForward:
     """Runs a forward function on bucketed batches, from a CUDA graph where one is worth it."""
 
     def __init__(
-        self, run: Run, device: torch.device, hidden_size: int, dtype: torch.dtype
+        self,
+        run: Run,
+        device: torch.device,
+        hidden_size: int,
+        dtype: torch.dtype,
+        padded: bool = False,
     ) -> None:
         """Wrap a function.
 
@@ -103,12 +110,15 @@ class GraphedForward:
             device: a CUDA device.
             hidden_size: H.
             dtype: of the hidden states.
+            padded: whether the model's attention is not flash attention for another reason than
+                its dtype.
         """
         self._run = run
         self._device = device
         self._hidden = (hidden_size, dtype)
         self._slots: dict[Bucket, Slots] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        self._padded = padded or dtype not in FLASH
+        self._pool: Any = None
         self.capture = True
         """Whether graphs are used; off, the same buckets run launch by launch."""
 
@@ -187,6 +197,7 @@ class GraphedForward:
             return torch.zeros(shape, dtype=dtype, device=self._device)
 
         borders = copies * bucket.segments + 1
+        segments = copies * bucket.segments if self._padded else 0
         width, dtype = self._hidden
         packing = StaticPacking(
             shared=bucket.shared,
@@ -195,6 +206,13 @@ class GraphedForward:
             query_borders=ints(borders, dtype=torch.int32),
             key_borders=ints(borders, dtype=torch.int32),
             key_index=ints(copies * bucket.keys if bucket.shared else 0),
+            padding=PaddedIndex(
+                lengths=ints(2, segments),
+                padded_queries=ints(segments, bucket.longest_query),
+                padded_keys=ints(segments, bucket.longest_key),
+                unpad=ints(copies * bucket.tokens if self._padded else 0),
+                shared=bucket.shared,
+            ),
         )
         row = Row(
             ids=ints(1, copies * bucket.tokens),
@@ -245,10 +263,13 @@ class GraphedForward:
             found[: len(known)] = torch.tensor(known)
             index = upload(found, self._device)
             slots.packing.key_index.view(copies, -1).copy_(index + offsets)
+        if self._padded:
+            _fill_padding(slots.packing.padding, bucket, packing)
 
     def _capture(self, slots: Slots) -> None:
         if self.graphs >= MOST_GRAPHS:
             return
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._device)
         full: list[str] = []
@@ -271,6 +292,28 @@ class GraphedForward:
             # Whatever the broken capture complains of: this is why it broke.
             raise torch.OutOfMemoryError(full[0]) from error
         slots.graph = graph
+
+
+def _fill_padding(padding: PaddedIndex, bucket: Bucket, packing: Packing) -> None:
+    """The padded layout of all copies: the segments, empty ones, and the rest of the bucket."""
+    rest = range(packing.tokens, bucket.tokens)
+    empty = [range(0)] * (bucket.segments - 1 - len(packing.query_lengths))
+    starts = [0, *accumulate(packing.query_lengths)]
+    queries = [range(a, b) for a, b in zip(starts, starts[1:], strict=False)] + empty + [rest]
+    keys = [*packing.keys, *empty, rest]
+    device = padding.unpad.device
+    for table, rows in ((padding.padded_queries, queries), (padding.padded_keys, keys)):
+        one = torch.zeros(bucket.segments, table.shape[1], dtype=torch.int64)
+        for row, tokens in zip(one, rows, strict=True):
+            row[: len(tokens)] = torch.tensor(tokens)
+        copies = torch.arange(bucket.copies)[:, None, None] * bucket.tokens
+        table.copy_(upload((one + copies).flatten(0, 1), device))
+    lengths = torch.tensor([[len(r) for r in queries], [len(r) for r in keys]])
+    padding.lengths.copy_(upload(lengths.repeat(1, bucket.copies), device))
+    width = bucket.longest_query
+    unpad = torch.tensor([s * width + i for s, own in enumerate(queries) for i in range(len(own))])
+    offsets = torch.arange(bucket.copies)[:, None] * (bucket.segments * width)
+    padding.unpad.copy_(upload((unpad + offsets).flatten(), device))
 
 
 def _borders(lengths: Sequence[int], total: int, segments: int, copies: int) -> list[int]:

@@ -20,6 +20,8 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 NAME = "zoscope_packed"
+FLASH = (torch.bfloat16, torch.float16)
+"""What flash attention over segments takes; the rest runs padded (also with capped scores)."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class Packing:
     """Tokens of each segment; they sum to T."""
     keys: tuple[range | tuple[int, ...], ...]
     """For each segment, the tokens its queries can see, in order; the segment's own come last."""
+
+    @property
+    def padding(self) -> "Packing":
+        """Itself: it can be laid out padded."""
+        return self
 
     @property
     def tokens(self) -> int:
@@ -100,14 +107,8 @@ class Packing:
 
         Padding keys are at -1, which nothing sees.
         """
-        first = torch.tensor(
-            [k - q for k, q in zip(self.key_lengths, self.query_lengths, strict=True)],
-            device=self.device,
-        )
-        queries = first[:, None] + torch.arange(max(self.query_lengths), device=self.device)
-        keys = torch.arange(max(self.key_lengths), device=self.device).expand(len(first), -1)
-        real = keys < torch.tensor(self.key_lengths, device=self.device)[:, None]
-        return queries[:, :, None], keys.where(real, torch.tensor(-1, device=self.device))[:, None]
+        lengths = torch.tensor([self.query_lengths, self.key_lengths], device=self.device)
+        return places_of(lengths, self.longest_query, self.longest_key)
 
     def visible(self, window: int) -> torch.Tensor | None:
         """Which keys, bool [S, 1, Lq, Lk], a padded query sees; None if plain causal says it all.
@@ -117,17 +118,59 @@ class Packing:
         """
         if not self.shared and (not window or window >= max(self.key_lengths)):
             return None
-        queries, keys = self.places
-        seen = (keys <= queries) & (keys >= 0)
-        if window:
-            seen &= keys > queries - window
-        return seen[:, None]
+        return _seen(*self.places, window)
 
     def repeated(self, times: int) -> "Packing":
         """The same segments several times over, one copy behind the other."""
         offsets = [copy * self.tokens for copy in range(times)]
         keys = tuple(tuple(k + offset for k in keys) for offset in offsets for keys in self.keys)
         return Packing(self.device, self.query_lengths * times, keys)
+
+
+def places_of(
+    lengths: torch.Tensor, longest_query: int, longest_key: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places of padded queries [S, Lq, 1] and keys [S, 1, Lk]; see :attr:`Packing.places`.
+
+    Args:
+        lengths: int64 [2, S], queries and keys of each segment.
+        longest_query: Lq.
+        longest_key: Lk.
+    """
+    first = lengths[1] - lengths[0]
+    queries = first[:, None] + torch.arange(longest_query, device=lengths.device)
+    keys = torch.arange(longest_key, device=lengths.device).expand(len(first), -1)
+    return queries[:, :, None], keys.masked_fill(keys >= lengths[1, :, None], -1)[:, None]
+
+
+def _seen(queries: torch.Tensor, keys: torch.Tensor, window: int) -> torch.Tensor:
+    """Which keys, bool [S, 1, Lq, Lk], a query sees, by :func:`places_of`; 0: no window."""
+    seen = (keys <= queries) & (keys >= 0)
+    if window:
+        seen &= keys > queries - window
+    return seen[:, None]
+
+
+@dataclass(slots=True)
+class PaddedIndex:
+    """The padded layout of a packing in tensors that stay where they are."""
+
+    lengths: torch.Tensor
+    """int64 [2, S]: queries and keys of each segment."""
+    padded_queries: torch.Tensor
+    """See :class:`Packing`."""
+    padded_keys: torch.Tensor
+    """See :class:`Packing`."""
+    unpad: torch.Tensor
+    """See :class:`Packing`."""
+    shared: bool
+
+    def visible(self, window: int) -> torch.Tensor | None:
+        """See :meth:`Packing.visible`."""
+        if not self.shared and not window:
+            return None
+        longest = self.padded_queries.shape[1], self.padded_keys.shape[1]
+        return _seen(*places_of(self.lengths, *longest), window)
 
 
 def pack(
@@ -189,6 +232,20 @@ class Borders(Protocol):
     def key_borders(self) -> torch.Tensor: ...  # noqa: D102
     @property
     def key_index(self) -> torch.Tensor: ...  # noqa: D102
+    @property
+    def padding(self) -> "Padding": ...  # noqa: D102
+
+
+class Padding(Protocol):
+    """What attention without flash needs to know of a packing."""
+
+    @property
+    def padded_queries(self) -> torch.Tensor: ...  # noqa: D102
+    @property
+    def padded_keys(self) -> torch.Tensor: ...  # noqa: D102
+    @property
+    def unpad(self) -> torch.Tensor: ...  # noqa: D102
+    def visible(self, window: int) -> torch.Tensor | None: ...  # noqa: D102
 
 
 def _current() -> Borders:
@@ -261,20 +318,20 @@ def _attend(
 ) -> torch.Tensor:
     """Attention of the packing in progress, [1, T, heads, D]; window and softcap 0 mean none."""
     packing = _current()
-    flash = query.is_cuda and query.dtype in {torch.bfloat16, torch.float16}
+    flash = query.is_cuda and query.dtype in FLASH
     if flash and not softcap:
         return _varlen(packing, query[0], key[0], value[0], scaling, window)[None]
-    assert isinstance(packing, Packing), "graphs need flash attention"
-    q = _gather(query[0], packing.padded_queries)
-    k, v = (_gather(x[0], packing.padded_keys) for x in (key, value))
-    seen = packing.visible(window)
+    padding = packing.padding
+    q = _gather(query[0], padding.padded_queries)
+    k, v = (_gather(x[0], padding.padded_keys) for x in (key, value))
+    seen = padding.visible(window)
     if not softcap:
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=seen, is_causal=seen is None, scale=scaling, enable_gqa=True
         )
     else:
         out = _softcapped(q, k, v, seen, scaling, softcap)
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, packing.unpad)[None]
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, padding.unpad)[None]
 
 
 @torch.library.custom_op("zoscope::packed_attention", mutates_args=())

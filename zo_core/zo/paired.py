@@ -79,9 +79,8 @@ def _token_axis(value: Any, length: int) -> int:
         NotTokenwiseError: there is none.
     """
     if isinstance(value, torch.Tensor) and length in value.shape:
-        # Rows come first: [1, n T, H], or flattened [n T, H].
-        axis = 1 if value.dim() > 1 and value.shape[1] == length else value.shape.index(length)
-        return axis
+        # Tokens come before channels: [1, n T, H], or flattened [n T, H], where H may be n T.
+        return value.shape.index(length)
     raise NotTokenwiseError
 
 

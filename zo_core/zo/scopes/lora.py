@@ -18,10 +18,11 @@ from torch import nn
 
 from zo_core.errors import UserError
 from zo_core.models.load import LoadedModel
+from zo_core.models.memory import LORA_RANK
 from zo_core.scope_spec import ScopeSpec
 from zo_core.zo.scopes.selection import Selection, block_prefix
 
-RANK, ALPHA = 8, 16
+ALPHA = 16
 ADAPTER = "default"
 
 
@@ -38,7 +39,7 @@ def _config(loaded: LoadedModel, layer: int | None) -> LoraConfig:
         pattern = loaded.decoder.prefix.rpartition(".")[2]
         one_layer = {"layers_to_transform": [layer], "layers_pattern": pattern}
     return LoraConfig(
-        r=RANK,
+        r=LORA_RANK,
         lora_alpha=ALPHA,
         lora_dropout=0.0,
         target_modules=TARGETS[model_type],  # type: ignore[arg-type]

@@ -14,10 +14,9 @@ from transformers import DynamicCache
 
 from zo_core.errors import UserError
 from zo_core.models.load import LoadedModel
+from zo_core.models.memory import PREFIX_LENGTH
 from zo_core.scope_spec import ScopeSpec
 from zo_core.zo.scopes.selection import Selection
-
-LENGTH = 5
 
 
 class _PrefixCache(DynamicCache):
@@ -47,13 +46,13 @@ class _PrefixCache(DynamicCache):
 def _initial(loaded: LoadedModel, seed: int) -> dict[str, torch.Tensor]:
     """Name -> keys or values [1, heads, 5, width] of every layer for five drawn tokens."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(loaded.info.vocab_size, (1, LENGTH), generator=generator)
+    tokens = torch.randint(loaded.info.vocab_size, (1, PREFIX_LENGTH), generator=generator)
     output = loaded.model(input_ids=tokens.to(loaded.device), use_cache=True)
     cache = output.past_key_values
     found: dict[str, torch.Tensor] = {}
     for layer, kept in enumerate(getattr(cache, "layers", [])):
         keys, values = getattr(kept, "keys", None), getattr(kept, "values", None)
-        if keys is None or values is None or keys.shape[-2] != LENGTH:
+        if keys is None or values is None or keys.shape[-2] != PREFIX_LENGTH:
             break
         name = f"{loaded.decoder.prefix}.{layer}.prefix"
         found |= {f"{name}.key": keys.clone(), f"{name}.value": values.clone()}
@@ -87,9 +86,9 @@ def select(loaded: LoadedModel, spec: ScopeSpec, dominant: int | None, seed: int
         return args, {
             **kwargs,
             "past_key_values": cache,
-            "attention_mask": torch.cat([mask.new_ones(rows, LENGTH), mask], dim=1),
-            "position_ids": positions + LENGTH,
+            "attention_mask": torch.cat([mask.new_ones(rows, PREFIX_LENGTH), mask], dim=1),
+            "position_ids": positions + PREFIX_LENGTH,
         }
 
     handle = loaded.model.register_forward_pre_hook(enter, with_kwargs=True)
-    return Selection(parameters, lowest=None, positions=LENGTH, undo=handle.remove)
+    return Selection(parameters, lowest=None, positions=PREFIX_LENGTH, undo=handle.remove)
