@@ -53,6 +53,7 @@ class ActivationScan:
         """Number of the first token of each sequence, and of all tokens."""
         self._weights: list[dict[str, Any]] = []
         self._owl: list[dict[str, float]] = []
+        self._table: pd.DataFrame | None = None
 
     @torch.no_grad()
     def run(
@@ -82,6 +83,7 @@ class ActivationScan:
 
     def begin(self, sequences: Sequence[list[int]]) -> None:
         """Note the sequences that will be scanned."""
+        self._table = None
         self._sequences = list(sequences)
         self._starts = [0, *accumulate(map(len, sequences))]
 
@@ -168,18 +170,14 @@ class ActivationScan:
 
     def parts(self) -> pd.DataFrame:
         """One row a layer and part; columns as in docs/scan.md."""
-        rows = [{"layer": EMBEDDING, "part": PARTS[0]} | self._row(self._embedding_statistics)]
-        for layer, observer in self.observers.items():
-            rows += [
+        if self._table is None:
+            self._table = pd.DataFrame(
                 {"layer": layer, "part": part} | self._row(observer.statistics[part])
+                for layer, observer in [(EMBEDDING, self._embedding), *self.observers.items()]
                 for part in PARTS
                 if part in observer.statistics
-            ]
-        return pd.DataFrame(rows)
-
-    @property
-    def _embedding_statistics(self) -> Statistics:
-        return self._embedding.statistics[PARTS[0]]
+            )
+        return self._table
 
     def layers(self) -> pd.DataFrame:
         """One row a layer (-1: embedding output): the block output."""

@@ -24,7 +24,7 @@ WEIGHT_COLUMNS = ("median", "mean", "rms", "kurtosis", "q99", "q999")
 
 def weight_rows(observer: BlockObserver) -> list[dict[str, Any]]:
     """One row a down-projection of a block that was scanned, as in docs/scan.md."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for projection in observer.projections:
         with align_module_device(projection.module):
             for expert, weight in enumerate(_down_weights(projection)):

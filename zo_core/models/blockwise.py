@@ -32,7 +32,6 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from zo_core.errors import UserError
 from zo_core.jobs import ModelFields
 from zo_core.models.catalog import ModelError, describe, weight_files
 from zo_core.models.decoder import find_decoder, hidden_of
@@ -40,6 +39,7 @@ from zo_core.models.load import (
     UNREADABLE,
     LoadedModel,
     cannot_be_loaded,
+    check_same_past,
     load_tokenizer,
     pick_device,
     pick_dtype,
@@ -87,7 +87,7 @@ class BlockwiseModel:
             device_map={"": device},
             dtype=dtype,
             dtype_plan=model._get_dtype_plan(dtype),
-            weight_mapping=get_model_conversion_mapping(model),
+            weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
         )
         self._files = self._find_keys()
         self._returned = 0
@@ -168,6 +168,16 @@ class BlockwiseModel:
                 del block.forward  # uncovers the class's own
         raise AssertionError(f"the model never reached layer {layer}")
 
+    @torch.no_grad()
+    def check_causal(self) -> None:
+        """Refuse a model whose block 0, whose weights are there, looks to the right.
+
+        Raises:
+            UserError: it does.
+        """
+        tokens = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]], device=self.loaded.device)
+        check_same_past(self._name, self.run(0, tokens))
+
     def _find_keys(self) -> dict[int | None, dict[Path, list[str]]]:
         """Layer, or None for what is outside the blocks -> file -> names of tensors in it."""
         mapping = self._config.weight_mapping or []
@@ -241,9 +251,7 @@ class BlockwiseModel:
             with suppress(OSError, ValueError, KeyError), file.open("rb") as stream:
                 start, end = _span(stream, names)
                 if hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(
-                        stream.fileno(), start, end - start, os.POSIX_FADV_WILLNEED
-                    )
+                    os.posix_fadvise(stream.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
 
 
 class _Left(Exception):  # noqa: N818 - a signal, not an error
@@ -254,9 +262,7 @@ class _Left(Exception):  # noqa: N818 - a signal, not an error
         self.hidden = hidden
 
 
-def _stand_aside(
-    hidden_states: torch.Tensor, *_args: Any, returned: int, **_kwargs: Any
-) -> object:
+def _stand_aside(hidden_states: torch.Tensor, *_args: Any, returned: int, **_kwargs: Any) -> object:
     """Stand-in for the forward of a block that is not here."""
     return (hidden_states, *[None] * (returned - 1)) if returned else hidden_states
 

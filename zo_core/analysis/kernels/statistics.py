@@ -166,4 +166,3 @@ def _add(
     bad = first_bad.long()[0]
     token = tokens[bad.clamp(max=rows - 1)].where(bad != nowhere, torch.iinfo(torch.int64).max)
     statistics.first_nonfinite = torch.minimum(statistics.first_nonfinite, token)
-
