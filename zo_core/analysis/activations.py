@@ -55,7 +55,6 @@ class ActivationScan:
         self._owl: list[dict[str, float]] = []
         self._table: pd.DataFrame | None = None
 
-    @torch.no_grad()
     def run(
         self,
         sequences: Sequence[list[int]],
@@ -71,6 +70,17 @@ class ActivationScan:
             batch_size: sequences a forward pass.
             tick: called with the number of sequences done; may raise to stop.
         """
+        self.watch(sequences, batch_size, tick)
+        self.read_weights()
+
+    @torch.no_grad()
+    def watch(
+        self,
+        sequences: Sequence[list[int]],
+        batch_size: int,
+        tick: Callable[[int], None] = lambda _done: None,
+    ) -> None:
+        """The forward passes of :meth:`run`."""
         self.begin(sequences)
         with self.watching(*self.observers):
             for chunk in batches(len(sequences), batch_size):
@@ -78,6 +88,10 @@ class ActivationScan:
                 # The base model: logits are not needed.
                 self._loaded.model.base_model(input_ids=ids, use_cache=False)  # type: ignore[operator]
                 tick(chunk.stop)
+
+    @torch.no_grad()
+    def read_weights(self) -> None:
+        """What :meth:`run` says of weights, of every layer."""
         for layer in self.observers:
             self.finish(layer)
 

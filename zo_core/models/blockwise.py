@@ -18,7 +18,6 @@ from threading import Thread
 from typing import Any, BinaryIO
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -66,7 +65,7 @@ class BlockwiseModel:
             config = AutoConfig.from_pretrained(self._folder, trust_remote_code=False)
             if getattr(config, "quantization_config", None) is not None:
                 raise ValueError("its weights are quantized: choose placement resident")
-            with init_empty_weights(include_buffers=False):
+            with _without_weights():
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         except UNREADABLE as error:
             raise cannot_be_loaded(fields.model, error) from error
@@ -265,6 +264,23 @@ class _Left(Exception):  # noqa: N818 - a signal, not an error
 def _stand_aside(hidden_states: torch.Tensor, *_args: Any, returned: int, **_kwargs: Any) -> object:
     """Stand-in for the forward of a block that is not here."""
     return (hidden_states, *[None] * (returned - 1)) if returned else hidden_states
+
+
+@contextmanager
+def _without_weights() -> Iterator[None]:
+    """Parameters of modules made within are on the meta device; buffers, as computed, are not."""
+    register = nn.Module.register_parameter
+
+    def register_empty(module: nn.Module, name: str, weight: nn.Parameter | None) -> None:
+        register(module, name, weight)
+        if weight is not None:
+            module._parameters[name] = nn.Parameter(weight.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = register_empty  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _folder(fields: ModelFields, path: str) -> str:
