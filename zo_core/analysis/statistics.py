@@ -124,7 +124,7 @@ class Statistics:
         tokens: torch.Tensor,
         first: torch.Tensor | None,
     ) -> None:
-        """Merge the largest entries, -1 standing for none: only rows that hold one are looked at."""
+        """Merge the largest entries, -1 standing for none; few rows are looked at closely."""
         largest = magnitude.amax(-1)
         least = largest.topk(min(TOP, len(largest))).values[-1] if len(largest) >= TOP else -1.0
         candidates = largest >= torch.maximum(
