@@ -32,7 +32,7 @@ SHIFT = 16  # float32 pattern of a magnitude -> bin
 BINS = 1 << 15
 INFINITE = 0x7F80
 """First bin of infinity and NaN."""
-PIECE = 1 << 20
+PIECE = 1 << 17
 """Entries taken at a time on a CPU, so that intermediate tensors stay in its caches."""
 NOWHERE = torch.iinfo(torch.int64).max
 
