@@ -30,7 +30,9 @@ def sequences() -> list[list[int]]:
 
 def assert_same(one: ActivationScan, other: ActivationScan) -> None:
     for name in TABLES:
-        pd.testing.assert_frame_equal(getattr(one, name)(), getattr(other, name)(), check_exact=True)
+        pd.testing.assert_frame_equal(
+            getattr(one, name)(), getattr(other, name)(), check_exact=True
+        )
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

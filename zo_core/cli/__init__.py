@@ -1,4 +1,4 @@
-"""The command line: ``python -m zo_core scan|mechanism|probe|tune|compare|replay|export|runs|bench|app``.
+"""The command line: ``python -m zo_core scan|mechanism|probe|tune|compare|replay|export|...``.
 
 The same job specs, engine and run store as the app. With ``--json`` the last line of stdout is one
 JSON object (keys in README.md); progress goes to stderr. Exit codes: 0 done, 1 failed, 2 bad

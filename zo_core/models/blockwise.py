@@ -241,9 +241,7 @@ class BlockwiseModel:
             with suppress(OSError, ValueError, KeyError), file.open("rb") as stream:
                 start, end = _span(stream, names)
                 if hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(
-                        stream.fileno(), start, end - start, os.POSIX_FADV_WILLNEED
-                    )
+                    os.posix_fadvise(stream.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
 
 
 class _Left(Exception):  # noqa: N818 - a signal, not an error
@@ -254,9 +252,7 @@ class _Left(Exception):  # noqa: N818 - a signal, not an error
         self.hidden = hidden
 
 
-def _stand_aside(
-    hidden_states: torch.Tensor, *_args: Any, returned: int, **_kwargs: Any
-) -> object:
+def _stand_aside(hidden_states: torch.Tensor, *_args: Any, returned: int, **_kwargs: Any) -> object:
     """Stand-in for the forward of a block that is not here."""
     return (hidden_states, *[None] * (returned - 1)) if returned else hidden_states
 
