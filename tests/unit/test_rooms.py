@@ -114,7 +114,10 @@ def test_lower_rooms_do_not_import_upper_ones() -> None:
         "zo_core.scope_spec": set(),
         "zo_core.run_jobs": set(),
         "zo_core.own_spec": set(),
-        "zo_core.jobs": {"settings", "errors", "scope_spec", "own_spec", "run_jobs"},
+        "zo_core.learning_rates": set(),
+        "zo_core.jobs": {
+            *("settings", "errors", "scope_spec", "own_spec", "run_jobs", "learning_rates")
+        },
         "zo_core.runs": {"settings", "errors", "jobs"},
         "zo_core.models": {"settings", "errors", "jobs", "models"},
         "zo_core.tasks": {"settings", "errors", "jobs", "models", "tasks"},

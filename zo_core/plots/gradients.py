@@ -1,5 +1,7 @@
 """Figures of projected gradients: their distribution by layer, and their dependence on eps."""
 
+import math
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -117,7 +119,7 @@ def eps_sweep(sweep: pd.DataFrame, ranges: pd.DataFrame, layer: int) -> go.Figur
         y=TOLERANCE,
         line={"color": GREY, "width": 1, "dash": "dot"},
         annotation_text=f"{TOLERANCE:.0%}",
-        annotation_position="top left",
+        annotation_position="top right",
     )
     found = ranges[(ranges["layer"] == layer) & ranges["lowest"].notna()]
     if not found.empty:
@@ -128,20 +130,33 @@ def eps_sweep(sweep: pd.DataFrame, ranges: pd.DataFrame, layer: int) -> go.Figur
             fillcolor=OKABE_ITO[2],
             opacity=0.15,
             line_width=0,
-            annotation_text="linear range",
-            annotation_position="top left",
         )
         figure.add_vline(
-            x=row["recommended"],
-            line={"color": OKABE_ITO[2], "width": 2, "dash": "dash"},
-            annotation_text=f"recommended {row['recommended']:g}",
-            annotation_position="bottom right",
+            x=row["recommended"], line={"color": OKABE_ITO[2], "width": 2, "dash": "dash"}
+        )
+        # Annotations, unlike shapes, count in powers of ten on a log axis.
+        figure.add_annotation(
+            x=math.log10(row["recommended"]),
+            y=1,
+            yref="paper",
+            yanchor="bottom",
+            text=f"recommended {row['recommended']:g}",
+            font={"color": OKABE_ITO[2], "size": 13},
+            showarrow=False,
+        )
+        figure.add_annotation(
+            x=(math.log10(row["lowest"]) + math.log10(row["highest"])) / 2,
+            y=0.97,
+            yref="paper",
+            yanchor="top",
+            text="linear range",
+            showarrow=False,
         )
     figure.update_xaxes(title="eps (log scale)", type="log", tickformat="~g", exponentformat="e")
     figure.update_yaxes(
         title="deviation of g", tickformat=".0%", range=[-0.03, min(1.55, _top(table))]
     )
-    return finish(figure, 380)
+    return finish(figure, 380).update_layout(margin_t=64, legend_y=1.1)
 
 
 def _top(table: pd.DataFrame) -> float:

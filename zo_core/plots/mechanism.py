@@ -171,7 +171,7 @@ def interventions(
             name=label,
             mode="lines+markers",
             line={"color": colour, "dash": dash, "width": 2},
-            marker={"symbol": symbol, "size": 7},
+            marker={"symbol": symbol, "size": 10 if name == "mean" else 7},
             customdata=[
                 [int(k), number(v), _perplexity(v)]
                 for k, v in zip(rows["layer"], rows["loss"], strict=True)

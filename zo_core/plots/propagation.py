@@ -44,6 +44,9 @@ def propagation(
         selected: a layer chosen by the user, outlined with dots.
     """
     matrix = table.pivot(index="layer", columns="block", values=quantity)
+    # Layers that were not probed leave gaps, so that all cells have one size.
+    ends = range(int(matrix.index.min()), int(matrix.index.max()) + 1)
+    matrix = matrix.reindex(index=ends)
     values = matrix.to_numpy(dtype=float)
     logs = np.log10(np.where(np.isfinite(values) & (values > 0), values, np.nan))
     finite = logs[np.isfinite(logs)]
