@@ -20,6 +20,7 @@ def navigation() -> st.Page:
             st.Page(PAGES["outliers"], title="Outliers", icon=":material/blur_on:"),
             st.Page(PAGES["sensitivity"], title="Sensitivity", icon=":material/bar_chart:"),
             st.Page(PAGES["fine_tune"], title="Fine-tune", icon=":material/trending_down:"),
+            st.Page(PAGES["compare"], title="Compare", icon=":material/balance:"),
             st.Page(PAGES["runs"], title="Runs", icon=":material/history:"),
         ]
     )

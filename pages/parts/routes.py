@@ -5,6 +5,7 @@ PAGES = {
     "outliers": "pages/outliers.py",
     "sensitivity": "pages/sensitivity.py",
     "fine_tune": "pages/fine_tune.py",
+    "compare": "pages/compare.py",
     "runs": "pages/runs.py",
 }
 
