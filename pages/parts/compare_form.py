@@ -27,6 +27,7 @@ from zo_core.errors import UserError
 from zo_core.tasks.catalog import TASKS
 
 YAML = "yaml"
+DEFAULTS = CompareSpec.model_fields
 UPLOAD_MIB = 1
 SPAN = re.compile(r"^(\d{1,9})-(\d{1,9})$")
 WIDEST = 1000
@@ -107,7 +108,7 @@ def _common_fields(source: str, fields: dict[str, Any]) -> dict[str, Any]:
         given["tasks"] = st.multiselect(
             "Tasks",
             list(TASKS),
-            default=fields.get("tasks", ["reviews"]),
+            default=fields.get("tasks", DEFAULTS["tasks"].default),
             format_func=lambda task: TASKS[task].title,
             key=f"{key}_tasks",
             width=330,
@@ -132,7 +133,9 @@ def _common_fields(source: str, fields: dict[str, Any]) -> dict[str, Any]:
         )
         factors = st.text_input(
             "Learning rate factors",
-            value=",".join(f"{f:g}" for f in fields.get("lr_factors", [0.3, 1, 3])),
+            value=",".join(
+                f"{f:g}" for f in fields.get("lr_factors", DEFAULTS["lr_factors"].default)
+            ),
             key=f"{key}_factors",
             width=180,
             help="The grid around the recommended rate; one factor: no search",
@@ -152,8 +155,6 @@ def _common_fields(source: str, fields: dict[str, Any]) -> dict[str, Any]:
     given["seeds"] = _numbers("seeds", seeds)
     given["lr_factors"] = _numbers("lr_factors", factors)
     given["steps"] = fields["steps"] if given["steps"] is None else given["steps"]
-    if given["lr_factors"] == fields.get("lr_factors", [0.3, 1, 3]):
-        del given["lr_factors"]
     if search is not None:
         given["search_steps"] = search
     if folder is not None:

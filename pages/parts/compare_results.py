@@ -86,7 +86,7 @@ def verdict(facts: Facts) -> None:
     found = {claim["key"]: claim for claim in facts["claims"]}
     with st.container(horizontal=True, key="verdict_cards"):
         for key in CLAIMS:
-            with st.container(border=True, width=400, key=f"claim_{key}"):
+            with st.container(border=True, width=330, height="stretch", key=f"claim_{key}"):
                 _card(key, found.get(key), facts)
     if facts["power"]:
         st.caption(facts["power"])
@@ -141,6 +141,7 @@ def arms(facts: Facts, task: str) -> None:
         shown[columns],
         hide_index=True,
         key="arms_table",
+        height=min(38 + 35 * len(shown), 900),
         column_config=points | ps | {"effect": number("d_z", format="%.2f")},
     )
     st.caption(

@@ -112,8 +112,9 @@ def command_of(source: str, fields: Mapping[str, Any], over: Mapping[str, Any]) 
         over: what is put over it; what the source says anyway is left out.
     """
     words = ["python", "-m", "zo_core", "compare", source]
+    defaults = {n: field.default for n, field in CompareSpec.model_fields.items()}
     for name, value in over.items():
-        if value == fields.get(name):
+        if value == (defaults | dict(fields)).get(name):
             continue
         text = (
             ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in value)
