@@ -14,7 +14,7 @@ pytestmark = pytest.mark.e2e
 SPEC = """
 title: two layers
 seeds: [0, 1, 2]
-steps: 30
+steps: 60
 batch_size: 4
 train_examples: 32
 eval_examples: 16
