@@ -21,6 +21,7 @@ def navigation() -> st.Page:
             st.Page(PAGES["mechanism"], title="Mechanism", icon=":material/account_tree:"),
             st.Page(PAGES["sensitivity"], title="Sensitivity", icon=":material/bar_chart:"),
             st.Page(PAGES["fine_tune"], title="Fine-tune", icon=":material/trending_down:"),
+            st.Page(PAGES["compare"], title="Compare", icon=":material/balance:"),
             st.Page(PAGES["runs"], title="Runs", icon=":material/history:"),
         ]
     )

@@ -41,7 +41,7 @@ function draw(chart) {
 
 _CSS = """
 .live-chart { width: 100%; }
-.st-key-plotly_loader { display: none; }
+[class*="st-key-plotly_loader"] { display: none; }
 """
 
 _mount = st.components.v2.component(
@@ -56,7 +56,7 @@ _mount = st.components.v2.component(
 def live_chart(figure: go.Figure, key: str) -> None:
     """Draw a figure, or update the one drawn under this key."""
     # Streamlit serves plotly.js to the browser with the first chart of its own, as window.Plotly.
-    st.plotly_chart(go.Figure(), key="plotly_loader")
+    st.plotly_chart(go.Figure(), key=f"plotly_loader_{key}")
     spec = json.loads(figure.to_json())
     spec["layout"].pop("template", None)
     _mount(data={"figure": json.dumps(spec)}, key=key, height=figure.layout.height)

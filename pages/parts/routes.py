@@ -6,6 +6,7 @@ PAGES = {
     "mechanism": "pages/mechanism.py",
     "sensitivity": "pages/sensitivity.py",
     "fine_tune": "pages/fine_tune.py",
+    "compare": "pages/compare.py",
     "runs": "pages/runs.py",
 }
 

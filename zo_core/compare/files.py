@@ -1,5 +1,6 @@
 """Where a comparison's spec comes from: a preset's name or YAML, and what is put over it."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,15 @@ from zo_core.errors import UserError
 from zo_core.jobs import explain
 from zo_core.preflight import absolute, check, check_folder
 
+OPTIONS = {
+    "tasks": "--task",
+    **{
+        name: f"--{name.replace('_', '-')}"
+        for name in ("seeds", "steps", "forward_passes", "search_steps", "data_dir")
+    },
+    **{name: f"--{name}" for name in ("model", "device", "dtype")},
+}
+"""Fields that ``compare`` has an option for."""
 PLACES = ("model", "data_dir", "task_file")
 
 
@@ -91,6 +101,31 @@ def as_yaml(spec: CompareSpec) -> str:
         flat = arm.model_dump(mode="json", exclude_defaults=True, exclude={"settings"})
         arms.append(flat | _plain(arm.settings))
     return text + "arms:\n" + "".join(f"  - {_one_line(arm)}\n" for arm in arms)
+
+
+def command_of(source: str, fields: Mapping[str, Any], over: Mapping[str, Any]) -> str:
+    """The command line that begins the comparison of a preset or file.
+
+    Args:
+        source: name of the preset, or the file.
+        fields: what the source says.
+        over: what is put over it; what the source says anyway is left out.
+    """
+    words = ["python", "-m", "zo_core", "compare", source]
+    defaults = {n: field.default for n, field in CompareSpec.model_fields.items()}
+    for name, value in over.items():
+        if value == (defaults | dict(fields)).get(name):
+            continue
+        text = (
+            ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in value)
+            if isinstance(value, list)
+            else str(value)
+        )
+        if name in OPTIONS:
+            words += [OPTIONS[name], text]
+        else:
+            words += ["--set", f"{name}={text}"]
+    return shlex.join(words)
 
 
 def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:

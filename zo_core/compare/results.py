@@ -8,6 +8,7 @@ from zo_core.compare.cells import Cell, Choice, final_cells, make_plan
 from zo_core.compare.outcomes import DONE, MISSING, Outcome, read_outcome
 from zo_core.compare.spec import ZERO_SHOT, Arm, CompareSpec
 from zo_core.compare.store import Comparison
+from zo_core.jobs import TuneJob
 from zo_core.scope_spec import parse
 
 WAITING = "waiting"
@@ -55,6 +56,8 @@ class Results:
     """Run of the model's scan; empty if there is none."""
     probes: dict[str, str] = field(default_factory=dict)
     """Finished probe of each task."""
+    scanned: int | None = None
+    """The layer that the outlier rule names in that scan."""
 
     @property
     def tasks(self) -> list[str | None]:
@@ -81,8 +84,13 @@ class Results:
 
     @property
     def dominant(self) -> int | None:
-        """The layer that the outlier rule named; None if no run asked, or runs disagree."""
+        """The layer that the outlier rule named; None if runs disagree, or none named one.
+
+        Where no run asked the rule, as with numbered layers only, the scan tells.
+        """
         named = {m.dominant for m in self.measurements if m.dominant is not None}
+        if not named:
+            return self.scanned
         return named.pop() if len(named) == 1 else None
 
 
@@ -112,16 +120,20 @@ def collect(comparison: Comparison) -> Results:
     order = {arm.name: i for i, arm in enumerate(spec.arms)}
     found.sort(key=lambda m: (spec.tasks.index(m.task), order[m.arm], spec.seeds.index(m.seed)))
     profiles = {
-        cell: run_id
+        cell: known[cell.key]
         for cell in plan.profiles
-        if (run_id := ids.get(cell.key)) and known[cell.key].state == DONE
+        if cell.key in known and known[cell.key].state == DONE
     }
+    scan = next((o for cell, o in profiles.items() if cell.kind == "scan"), None)
+    named = ((scan and scan.summary) or {}).get("first_outlier_layer", {})
+    rule = spec.common.get("rule", TuneJob.model_fields["rule"].default)
     return Results(
         spec,
         found,
         plan.choices,
-        next((run_id for cell, run_id in profiles.items() if cell.kind == "scan"), ""),
-        {cell.task: run_id for cell, run_id in profiles.items() if cell.kind == "probe"},
+        scan.run_id if scan else "",
+        {cell.task: o.run_id for cell, o in profiles.items() if cell.kind == "probe"},
+        named.get(rule),
     )
 
 

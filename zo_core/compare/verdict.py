@@ -24,14 +24,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from zo_core.compare.claims import LEAST_LAYERS, worded
 from zo_core.compare.power import MANY_SEEDS, least_units, units_needed
 from zo_core.compare.results import Results, parse_form
 from zo_core.compare.spec import Arm
 from zo_core.compare.stats import Floats, clean, effect_size, holm, sign_flip_p, why_nothing
 
 Decision = Literal["holds", "does not hold", "undecided"]
-LEAST_LAYERS = 3
-"""Single layers without which there is no best one to speak of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +105,7 @@ class _Roles:
 
 
 def _full(results: Results, roles: _Roles) -> _Test | None:
-    text = "(a) the dominant layer alone is at least as good as full ZO"
+    text = worded("a")
     if roles.full is None or roles.dominant is None:
         return None
     return _difference(
@@ -115,7 +114,7 @@ def _full(results: Results, roles: _Roles) -> _Test | None:
 
 
 def _random(results: Results, roles: _Roles) -> _Test | None:
-    text = "(b) the dominant layer beats random layers"
+    text = worded("b")
     controls = roles.random + roles.others
     if not controls or roles.dominant is None:
         return None
@@ -123,7 +122,7 @@ def _random(results: Results, roles: _Roles) -> _Test | None:
 
 
 def _without(results: Results, roles: _Roles) -> _Test | None:
-    text = "(d) the full model without the dominant layer is worse than with it"
+    text = worded("d")
     if roles.without is None or roles.full is None:
         return None
     return _difference(results, "d", text, roles.full, [roles.without], 0.0, lambda m: m)
@@ -164,7 +163,7 @@ def _best(results: Results, roles: _Roles) -> _Test | None:
 
     That some layer is better is a union: corrected by Holm over layers.
     """
-    text = "(c) the first outlier layer is the best single layer"
+    text = worded("c")
     if roles.dominant is None or len(roles.others) < LEAST_LAYERS:
         return None
     names = [arm.name for arm in roles.others]
@@ -196,7 +195,7 @@ def _best(results: Results, roles: _Roles) -> _Test | None:
 
 
 def _cost(results: Results, roles: _Roles) -> _Test | None:
-    text = "(e) the dominant layer is faster than full ZO and tunes fewer weights"
+    text = worded("e")
     if roles.full is None or roles.dominant is None:
         return None
     mine, full = results.of(roles.dominant.name), results.of(roles.full.name)
