@@ -97,8 +97,6 @@ MOE = {"qwen2-moe", "qwen3-moe", "mixtral"}
 POST_NORMS = {"gemma2": -0.99, "gemma3": -0.99, "olmo2": 0.01}
 """Families that normalise what their blocks add: there the norm's weight is the huge one. Value:
 the weight of a hundredth, as the family counts it."""
-NO_MLP = {"opt", "opt-post-ln"}
-"""Families whose MLP is no module."""
 
 
 @dataclass(frozen=True, slots=True)

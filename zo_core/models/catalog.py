@@ -120,19 +120,40 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _folder_shapes(folder: Path) -> Shapes:
-    files = _weight_files(folder)
+    files = weight_files(folder)
     if not files:
         pickles = any(folder.glob("*.bin"))
         hint = "only pickle weights (.bin): convert them to safetensors" if pickles else "none"
         raise ModelError(f"model: {folder} needs *.safetensors weights and has {hint}.")
     shapes: Shapes = {}
     for file in files:
-        shapes |= _header_shapes(file)
+        own = _header_shapes(file)
+        lacking = sorted(_indexed(folder).get(file.name, set()) - set(own))
+        if lacking:
+            raise ModelError(
+                f"model: {folder} cannot be loaded: {file.name} lacks {lacking[0]}, which the "
+                "index looks for there: a file of another model, or a download that went wrong."
+            )
+        shapes |= own
     return shapes
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that ``from_pretrained`` reads: the index's, else the single one, else all."""
+def _indexed(folder: Path) -> dict[str, set[str]]:
+    """File name -> tensors that the index looks for in it."""
+    index = folder / "model.safetensors.index.json"
+    found: dict[str, set[str]] = defaultdict(set)
+    if index.is_file():
+        for name, file in _read_json(index).get("weight_map", {}).items():
+            found[file].add(name)
+    return found
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that ``from_pretrained`` reads: the index's, else the single one, else all.
+
+    Raises:
+        ModelError: one that the index names is not there.
+    """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(_read_json(index).get("weight_map", {}).values()))
@@ -152,13 +173,16 @@ def _header_shapes(file: Path) -> Shapes:
             if length > min(file.stat().st_size, 100_000_000):
                 raise ValueError("its header is longer than the file")
             header = json.loads(stream.read(length))
-        return {
-            name: (entry["dtype"], tuple(entry["shape"]))
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
+        header.pop("__metadata__", None)
+        end = 8 + length + max((e["data_offsets"][1] for e in header.values()), default=0)
+        if file.stat().st_size < end:
+            raise ValueError(f"it has {file.stat().st_size} of {end} bytes: download it again")
+        return {name: (e["dtype"], tuple(e["shape"])) for name, e in header.items()}
     except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"model: {file} is no readable safetensors file: {error}.") from error
+        raise ModelError(
+            f"model: {file.parent} cannot be loaded: {file.name} is no readable safetensors "
+            f"file: {error}."
+        ) from error
 
 
 def cached_folder(model: str, revision: str | None = None) -> Path | None:
@@ -170,7 +194,7 @@ def cached_folder(model: str, revision: str | None = None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(model, "config.json", revision=revision)
-    if isinstance(cached, str) and _weight_files(Path(cached).parent):
+    if isinstance(cached, str) and weight_files(Path(cached).parent):
         return Path(cached).parent
     return None
 

@@ -102,9 +102,10 @@ UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, Safetens
 """What transformers raises on files that are missing, torn or of an unknown kind."""
 
 
-def _cannot_be_loaded(fields: ModelFields, error: Exception) -> ModelError:
+def cannot_be_loaded(model: str, error: Exception) -> ModelError:
+    """What to say of a model, or of a file of one, that a library could not read."""
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return ModelError(f"model: {fields.model} cannot be loaded: {first}")
+    return ModelError(f"model: {model} cannot be loaded: {first}")
 
 
 def load_tokenizer(fields: ModelFields, info: ModelInfo) -> PreTrainedTokenizerBase:
@@ -117,7 +118,7 @@ def load_tokenizer(fields: ModelFields, info: ModelInfo) -> PreTrainedTokenizerB
         with contextlib.redirect_stderr(io.StringIO()):
             return AutoTokenizer.from_pretrained(info.path, revision=fields.revision)
     except UNREADABLE as error:
-        raise _cannot_be_loaded(fields, error) from error
+        raise cannot_be_loaded(fields.model, error) from error
 
 
 def load(fields: ModelFields) -> LoadedModel:
@@ -154,7 +155,7 @@ def load(fields: ModelFields) -> LoadedModel:
     except UNREADABLE as error:
         if isinstance(error, torch.cuda.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
             raise
-        raise _cannot_be_loaded(fields, error) from error
+        raise cannot_be_loaded(fields.model, error) from error
     model.to(device).eval().requires_grad_(False)
     check_causal(fields.model, model, device)
     return LoadedModel(
