@@ -16,7 +16,8 @@ from pages.parts.scans import PARTS, Scan
 from pages.parts.verdict import fine_tune, judge, thresholds
 from pages.parts.words import layer_name, plain
 from zo_core import plots
-from zo_core.analysis.outliers import Verdict, first_outlier_layer
+from zo_core.analysis.outliers import Verdict
+from zo_core.analysis.outliers.agreement import judge_all
 from zo_core.analysis.outliers.weights import owl_weights
 
 WINDOW, WINDOW_OF_TWO = 64, 32  # tokens shown at once: of one scan, of two side by side
@@ -194,9 +195,9 @@ def choose_sequence(tables: Sequence[pd.DataFrame], window: int) -> tuple[int, i
 
 def top_tokens(layer: int, row: pd.Series, tokens: pd.DataFrame) -> pd.DataFrame:
     """The ten largest tokens of a layer that are known: top-1 to 3 of the whole scan included."""
-    columns = ["token", "sequence", "position", "channel", "magnitude"]
+    columns = ["token", "magnitude", "sequence", "position", "channel"]
     best = [
-        [row[f"top{r}_{c}"] for c in columns[:-1]] + [row[f"top{r}"]]
+        [row[f"top{r}" if c == "magnitude" else f"top{r}_{c}"] for c in columns]
         for r in (1, 2, 3)
         if pd.notna(row.get(f"top{r}_sequence"))
     ]
@@ -302,18 +303,20 @@ def results(entry: history.Entry) -> None:
     except (OSError, ValueError) as error:
         st.error(f"The results of this scan cannot be read: {plain(str(error))}")
         return
-    rule, verdicts = judge(scan.tables, n_layers, entry.summary.get("published"))
+    other = choose_other(scan)
+    others = None
+    try:
+        if other is not None:
+            n_other, _ = len(other.layers), other.tokens
+            others = judge_all(other.tables, thresholds(n_other))
+    except (OSError, ValueError) as error:
+        st.error(f"The other scan cannot be read: {plain(str(error))}")
+    rule, verdicts = judge(scan.tables, n_layers, entry.summary.get("published"), others)
     first = verdicts[rule].layer
     scans, firsts = [scan], [first]
-    other = choose_other(scan)
-    if other is not None:
-        try:
-            n_other, _ = len(other.layers), other.tokens
-            numbers = thresholds(n_other)[rule]
-            firsts.append(first_outlier_layer(rule, other.tables, **numbers).layer)
-            scans.append(other)
-        except (OSError, ValueError) as error:
-            st.error(f"The other scan cannot be read: {plain(str(error))}")
+    if other is not None and others is not None:
+        scans.append(other)
+        firsts.append(others[rule].layer)
     selected = select(scan, first)
     figures = profiles(scans, firsts, selected)
     figures["Layer by channel"] = by_channel(scans, firsts, selected)

@@ -68,7 +68,10 @@ def thresholds(n_layers: int) -> dict[str, dict[str, float]]:
 
 
 def judge(
-    tables: ScanTables, n_layers: int, published: dict[str, Any] | None
+    tables: ScanTables,
+    n_layers: int,
+    published: dict[str, Any] | None,
+    others: dict[str, Verdict] | None = None,
 ) -> tuple[str, dict[str, Verdict]]:
     """The rule picker, the chosen rule's verdict in one sentence, and all rules side by side.
 
@@ -76,6 +79,7 @@ def judge(
         tables: of the scan.
         n_layers: of the model.
         published: ``published`` of the scan's summary.
+        others: what every rule says of the scan that this one is compared with.
 
     Returns:
         The chosen rule, and what every rule says with the thresholds of this page.
@@ -97,7 +101,7 @@ def judge(
     with place:
         _headline(rule, verdicts[rule], n_layers)
         _published(published)
-    _side_by_side(verdicts, n_layers, published)
+    _side_by_side(verdicts, n_layers, published, others)
     return rule, verdicts
 
 
@@ -144,20 +148,27 @@ def published_layer(published: dict[str, Any] | None) -> int | None:
 
 
 def _side_by_side(
-    verdicts: dict[str, Verdict], n_layers: int, published: dict[str, Any] | None
+    verdicts: dict[str, Verdict],
+    n_layers: int,
+    published: dict[str, Any] | None,
+    others: dict[str, Verdict] | None,
 ) -> None:
     st.subheader("What each rule says", anchor=False)
-    st.markdown(consensus(verdicts))
+    if others is None:
+        st.markdown(consensus(verdicts))
+    else:
+        st.markdown(f"A: {consensus(verdicts)}  \nB: {consensus(others)}")
     table = rules_table(verdicts)
     st.plotly_chart(
         plots.named_layers(table, n_layers, published_layer(published)),
         key="rules_chart",
         alt="The layer that each rule names",
     )
-    shown = table.assign(
-        layer=[STATES.get(v.state, str(v.layer)) for v in verdicts.values()],
-        agree=table["agree"].astype("string").fillna(""),
-    )[["title", "layer", "agree", "numbers", "reason", "parameters"]]
+    shown = table.assign(layer=_named(verdicts), agree=table["agree"].astype("string").fillna(""))[
+        ["title", "layer", "agree", "numbers", "reason", "parameters"]
+    ]
+    if others is not None:
+        shown.insert(2, "other", _named(others))
     with st.container(key="all_verdicts"):
         st.dataframe(
             shown,
@@ -166,7 +177,10 @@ def _side_by_side(
             row_height=36,
             column_config={
                 "title": st.column_config.TextColumn("Rule", width="medium", pinned=True),
-                "layer": st.column_config.TextColumn("Layer (0-based)", width="small"),
+                "layer": st.column_config.TextColumn(
+                    "Layer" if others is None else "Layer, A", width="small", help="0-based"
+                ),
+                "other": st.column_config.TextColumn("Layer, B", width="small", help="0-based"),
                 "agree": st.column_config.TextColumn(
                     "Agree",
                     width="small",
@@ -177,6 +191,10 @@ def _side_by_side(
                 "parameters": st.column_config.TextColumn("Thresholds", width="medium"),
             },
         )
+
+
+def _named(verdicts: dict[str, Verdict]) -> list[str]:
+    return [STATES.get(v.state, str(v.layer)) for v in verdicts.values()]
 
 
 def fine_tune(layer: int, label: str, key: str, primary: bool = False) -> None:

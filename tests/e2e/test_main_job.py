@@ -92,11 +92,19 @@ def test_load_scan_and_click_a_layer(page: Page, app: App, tmp_path: Path) -> No
     page.mouse.click(box["x"] + box["width"] * 0.5, box["y"] + box["height"] * 0.97)
     expect(key(page, "layer_detail")).not_to_contain_text("layer 3 ", timeout=10_000)
 
-    table = pd.read_csv(download(page, "download_layers", tmp_path))
+    key(page, "outlier_part").get_by_text("Down-projection input").click()
+    settled(page)
+    expect(key(page, "all_verdicts")).to_be_visible()
+
+    table = pd.read_csv(download(page, "download_csv", tmp_path))
     assert table.loc[table["layer"] >= 0, "top1"].idxmax() > 3
     assert len(table[table["layer"] >= 0]) == 16
-    html = download(page, "download_html", tmp_path).read_text()
-    assert "plotly" in html.lower()
+    figure = download(page, "download_html", tmp_path)
+    assert "plotly" in figure.read_text().lower()
+    assert figure.name.endswith("profile-down-projection-input.html")
+    assert download(page, "download_png", tmp_path).read_bytes().startswith(b"\x89PNG")
+    report = download(page, "download_report", tmp_path).read_text()
+    assert "The emergence rule names layer 3." in report
 
 
 def test_probe_and_parse_its_csv(page: Page, app: App, tmp_path: Path) -> None:

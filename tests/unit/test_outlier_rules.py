@@ -1,19 +1,26 @@
 """The rules beyond top-1 ratios, on synthetic tables with known answers, and their agreement."""
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.planted import Plant, build, in_memory
+from tests.unit.test_planted import sequences
+from zo_core.analysis.activations import ActivationScan
 from zo_core.analysis.outliers import OWL_M, RULES, ScanTables, first_outlier_layer
 from zo_core.analysis.outliers.agreement import consensus, judge_all, rules_table, votes
 from zo_core.analysis.outliers.robust import modified_z
 from zo_core.analysis.outliers.weights import outlying_columns, owl_weights
+from zo_core.jobs import ScanJob
+from zo_core.models.load import LoadedModel
+from zo_core.tasks.texts import texts_of, tokenise
 
 TOKENS, CHANNELS = 200, 16
 
@@ -260,6 +267,7 @@ def test_thresholds_go_to_their_own_rule() -> None:
     assert consensus(verdicts) == "5 of 7 rules name layer 3; 2 name none."
 
 
+@settings(max_examples=5)
 @given(st.randoms(use_true_random=False))
 def test_order_of_the_rows_matters_to_no_rule(draw: object) -> None:
     tables = whole(massive=True)
@@ -279,3 +287,77 @@ def test_choices_hold_the_default(rule: str) -> None:
     spec = RULES[rule]
     for name, values in spec.choices.items():
         assert spec.parameters[name] in values
+
+
+# -- real scans ----------------------------------------------------------------------------------
+
+
+def scanned(family: str, plant: Plant | None) -> tuple[LoadedModel, ScanTables]:
+    loaded = in_memory(build(family, plant, seed=3))
+    ids, _, _ = sequences(random.Random(3), plant)
+    scan = ActivationScan(loaded)
+    scan.run(ids, 2)
+    return loaded, ScanTables(
+        scan.layers(), scan.parts(), scan.channels(), scan.weights(), scan.owl()
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral", "falcon", "opt-post-ln"])
+def test_a_real_scan_names_the_planted_layer_or_none(family: str) -> None:
+    """Where the plant is no weight of the down-projection, the rule on weights says none."""
+    plant = Plant(layer=2, token=77, channel=9)
+    loaded, tables = scanned(family, plant)
+    verdicts = judge_all(tables)
+    assert {verdicts[rule].layer for rule in ("emergence", "massive", "zscore")} == {2}
+    for rule in ("systematic", "down_input", "down_weights"):
+        assert verdicts[rule].layer in (2, None), verdicts[rule].reason
+    assert votes(verdicts)[2] >= 3
+    if family in ("llama", "gpt2", "mixtral", "falcon"):
+        numbers = verdicts["down_weights"].numbers
+        assert verdicts["down_weights"].layer == 2
+        assert numbers["output_channel"] == plant.channel
+    quiet = judge_all(scanned(family, None)[1])
+    found = {rule: v.layer for rule, v in quiet.items() if v.layer is not None}
+    # Gemma's embeddings are so large that every channel is an outlier feature.
+    assert set(found) <= {"owl", "int8"} if family == "gemma2" else set(found) == {"owl"}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_column_peaks_are_those_of_the_weights(family: str) -> None:
+    loaded, tables = scanned(family, None)
+    assert tables.weights is not None
+    for row in tables.weights.itertuples():
+        mlp = loaded.decoder.blocks[int(row.layer)].mlp
+        if family == "gpt2":
+            weight = mlp.c_proj.weight.T
+        elif family == "mixtral":
+            weight = mlp.experts.down_proj[int(row.expert)]
+        else:
+            weight = mlp.down_proj.weight
+        magnitude = np.abs(weight.detach().numpy())
+        peaks = magnitude.max(0) / magnitude.mean(0)
+        assert row.column_peak == pytest.approx(peaks.max(), rel=1e-5)
+        assert row.column_peak_column == peaks.argmax()
+        assert row.column_peak_row == magnitude[:, peaks.argmax()].argmax()
+        assert row.column_peak_median == pytest.approx(np.sort(peaks)[(len(peaks) - 1) // 2], 1e-5)
+
+
+def test_bundled_model_by_every_rule(demo: LoadedModel) -> None:
+    """The answers of docs/outliers.md."""
+    job = ScanJob()
+    texts = tokenise(texts_of(job), demo.tokenizer, "auto", job.max_tokens)
+    scan = ActivationScan(demo)
+    scan.run(texts[:4], 4)
+    tables = ScanTables(scan.layers(), scan.parts(), scan.channels(), scan.weights(), scan.owl())
+    layers = {rule: verdict.layer for rule, verdict in judge_all(tables).items()}
+    assert layers == {
+        "emergence": 3,
+        "massive": None,
+        "systematic": None,
+        "zscore": 3,
+        "down_input": 3,
+        "int8": 0,
+        "down_weights": 3,
+        "owl": 0,
+    }
+    assert first_outlier_layer("massive", tables, ratio=500).layer == 3

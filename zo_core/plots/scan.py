@@ -134,11 +134,16 @@ def kurtosis(layers: pd.DataFrame, first: int | None = None) -> go.Figure:
         line={"color": OKABE_ITO[1], "width": 2},
         hovertemplate="layer %{x}: kurtosis %{y:.4g}<extra></extra>",
     )
-    figure.add_hline(
-        y=3,
-        line={"color": GREY, "width": 1, "dash": "dash"},
-        annotation={"text": "normal distribution: 3", "font": {"color": GREY}},
-        annotation_position="top right",
+    figure.add_hline(y=3, line={"color": GREY, "width": 1, "dash": "dash"})
+    figure.add_annotation(
+        x=1,
+        xref="paper",
+        xanchor="right",
+        y=math.log10(3),
+        yanchor="bottom",
+        text="normal distribution: 3",
+        showarrow=False,
+        font={"color": GREY},
     )
     if first is not None:
         figure.add_vline(x=first, line={"color": ACCENT, "width": 1.5, "dash": "dot"})

@@ -55,7 +55,7 @@ def image_bytes(
         form: ``png`` or ``svg``.
         width: in pixels.
         height: in pixels; None: the figure's own, or 500.
-        scale: pixels of a PNG for each of those.
+        scale: pixels of a PNG for each of those; an SVG has no pixels.
 
     Raises:
         UserError: there is no Chromium, or it gives no image.
@@ -76,7 +76,7 @@ def image_bytes(
         format=form,
         width=width,
         height=height or white.layout.height or 500,
-        scale=scale,
+        scale=scale if form == "png" else 1,
     )
     with TemporaryDirectory(prefix="zoscope-image-") as folder:
         file = Path(folder) / "figure.html"
