@@ -71,13 +71,15 @@ def move_to(scope: TunedScope, point: Point) -> None:
         scope.perturb(point)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Owed:
-    """An update that the master does not have yet: ``master += alpha z``."""
+    """An update for the master to be given: ``master += alpha z``."""
 
     draw: Draw
     alpha: torch.Tensor
     """float32 scalar on the device."""
+    paid: bool = False
+    """Whether the master has it: a forward pass may break off after that."""
 
 
 def write_points(
@@ -114,3 +116,5 @@ def write_points(
             perturb_pair(draw.noise, group, keys, eps)
         else:
             step_pair(draw.noise, group, before, keys, owed.alpha, eps)
+    if owed is not None:
+        owed.paid = True
