@@ -121,6 +121,6 @@ def tune_line(choice: Choice, values: dict) -> None:
     parts = [f"{PARTS[p]} {size(getattr(need, p))}" for p in PARTS if getattr(need, p)]
     of = f" of {size(free)} free" if free is not None else ""
     text = f"Memory: about {size(need.total)}{of}, for rows of {TYPICAL_TOKENS} tokens"
-    if free is not None and need.total > free:
+    if free is not None and need.needed > free:
         text = f":material/memory: **{text}**; a run short of GPU memory splits its batches"
     st.caption(f"{text} ({', '.join(parts)}).")

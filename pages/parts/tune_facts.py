@@ -92,6 +92,7 @@ def facts(entry: history.Entry, metrics: curve.Curve) -> None:
     cut = sum((status.details.get("truncated") or {}).values())
     if cut:
         notes.append(f"{cut:,} rows cut on the left to fit the context")
+    notes += status.details.get("out_of_memory") or []
     if entry.job.optimizer != FIELDS["optimizer"].default:
         notes.append(f"optimizer {entry.job.optimizer}")
     changed = summary.get("changed")

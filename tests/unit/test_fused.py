@@ -8,10 +8,13 @@ import torch
 from zo_core.jobs import ModelFields, TuneJob
 from zo_core.models.load import LoadedModel, load
 from zo_core.progress import Cancelled
+from zo_core.scope_spec import parse
 from zo_core.tasks.data import load_task
 from zo_core.tasks.templates import Example, encode
 from zo_core.zo.forward import FastForward
+from zo_core.zo.fused import FusedSteps
 from zo_core.zo.scope import TunedScope, scope_parameters
+from zo_core.zo.scopes import select
 from zo_core.zo.trainer import LossNotFiniteError, Progress, make_optimizer, replay, train
 
 pytestmark = pytest.mark.gpu
@@ -107,6 +110,31 @@ def test_graphs_of_float32_change_nothing(examples: list[Example]) -> None:
     other = run(wide, examples, job, graphs=False)
     assert other[0] == ledger
     assert same(other[1], weights)
+
+
+def test_masked_scopes_are_queued_too(demo: LoadedModel, examples: list[Example]) -> None:
+    """Sparse: the ledger replays to the bits, and nothing outside the mask moves."""
+    job = TuneJob(steps=STEPS, scope="sparse:25", lr=1e-5)
+    selection = select(demo, parse(job.scope))
+    scope = TunedScope(selection.parameters, selection.masks)
+    assert FusedSteps.apply_to(job, scope)
+    before = scope.snapshot()
+    ledger: list[dict[str, Any]] = []
+    forward = FastForward(demo, 0, graphs=True)
+    optimizer = make_optimizer(job)
+    train(
+        *(job, demo, forward, scope, optimizer, examples, Progress(), ledger.append),
+        lambda step: step == STEPS,
+    )
+    after = scope.snapshot()
+    scope.close()
+    again = TunedScope(selection.parameters, selection.masks)
+    replay(job, again, make_optimizer(job), ledger)
+    assert same(again.master, after)
+    again.close()
+    assert not same(before, after)
+    for name, mask in selection.masks.items():
+        assert torch.equal(after[name][~mask], before[name][~mask]), name
 
 
 @pytest.mark.parametrize("stop", [0, 17])

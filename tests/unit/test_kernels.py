@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from zo_core.zo.noise import key, perturbation
+from zo_core.zo.points import Owed, fusible, move_to, step_along, write_points
+from zo_core.zo.scope import Draw, Point, TunedScope
 
 pytestmark = pytest.mark.gpu
 SHAPES = [(1,), (3, 5), (1024,), (257, 129)]
@@ -44,31 +46,50 @@ def test_gaussian_tails_are_finite(kernels: object) -> None:
     assert abs(float(out.var()) - 1) < 6 * 2**0.5 / (1 << 13)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_pair_and_step(
-    kernels: object, kind: str, dtype: torch.dtype, shape: tuple[int, ...]
-) -> None:
-    """What they write is one rounding of the float32 expression."""
-    master = torch.randn(shape, device="cuda")
-    plus, minus, working = (torch.empty(shape, device="cuda", dtype=dtype) for _ in range(3))
-    keys, alpha = _keys(), torch.tensor(-0.25, device="cuda")
-    z = torch.empty(shape, device="cuda")
-    kernels.make(kind, z, keys, 1)
-    kernels.perturb_pair(kind, master, plus, minus, keys, 1, 0.5)
-    # eps and alpha are powers of two, so that a fused multiply-add rounds as two operations do
-    assert torch.equal(plus, (master + 0.5 * z).to(dtype))
-    assert torch.equal(minus, (master - 0.5 * z).to(dtype))
-    kernels.perturb(kind, master, working, keys, 1, -0.5)
-    assert torch.equal(working, minus)
-    before = master.clone()
-    fused, up, down = master.clone(), torch.empty_like(plus), torch.empty_like(minus)
-    kernels.step_pair(kind, fused, up, down, keys, keys.flip(0).contiguous(), 1, alpha, 0.5)
-    kernels.step(kind, master, working, keys, 1, alpha)
-    assert torch.equal(master, before - 0.25 * z)
-    assert torch.equal(working, master.to(dtype))
-    kernels.perturb_pair(kind, master, plus, minus, keys, 0, 0.5)
-    assert torch.equal(fused, master)
-    assert torch.equal(up, plus)
-    assert torch.equal(down, minus)
+def test_all_tensors_of_a_scope(kernels: object, kind: str, masked: bool) -> None:
+    """What a launch writes is one rounding of the float32 expression, for every tensor."""
+    sizes = [1, 15, 1024, 33153, 4096, 2064]
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    parameters = {
+        f"{dtype}{n}": torch.randn(n, device="cuda").to(dtype) for dtype in dtypes for n in sizes
+    }
+    masks = {n: torch.rand_like(p.float()) < 0.4 for n, p in parameters.items() if "5" in n}
+    scope = TunedScope(parameters, masks if masked else {})
+    assert fusible(scope, kind)
+    here, there = Draw(kind, 7, 3), Draw(kind, 7, 4)
+    z = {
+        draw: {n: scope.z(n, draw).clone() for n in parameters} for draw in (here, there)
+    }  # eps and alpha are powers of two: a fused multiply-add rounds as two operations do
+    out = {n: [torch.empty_like(p), torch.empty_like(p)] for n, p in parameters.items()}
+    write_points(scope, [Point(here, 0.5), Point(here, -0.5)], out)
+    master = scope.snapshot()
+    for name, (plus, minus) in out.items():
+        assert torch.equal(plus, (master[name] + 0.5 * z[here][name]).to(plus.dtype)), name
+        assert torch.equal(minus, (master[name] - 0.5 * z[here][name]).to(plus.dtype)), name
+    move_to(scope, Point(here, -0.5))
+    assert all(torch.equal(p, out[n][1]) for n, p in parameters.items())
+    alpha = torch.tensor(-0.25, device="cuda")
+    write_points(scope, [Point(there, 0.5), Point(there, -0.5)], out, Owed(here, alpha))
+    for name, (plus, minus) in out.items():
+        stepped = master[name] - 0.25 * z[here][name]
+        assert torch.equal(scope.master[name], stepped), name
+        assert torch.equal(plus, (stepped + 0.5 * z[there][name]).to(plus.dtype)), name
+        assert torch.equal(minus, (stepped - 0.5 * z[there][name]).to(plus.dtype)), name
+    scope.load(master)
+    step_along(scope, here, alpha)
+    for name, parameter in parameters.items():
+        stepped = master[name] - 0.25 * z[here][name]
+        assert torch.equal(scope.master[name], stepped), name
+        assert torch.equal(parameter, stepped.to(parameter.dtype)), name
+
+
+def test_a_scope_takes_a_launch_a_dtype(kernels: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many tensors it has."""
+    scope = TunedScope({f"p{i}": torch.randn(64, device="cuda") for i in range(100)})
+    launches, launch = [], kernels._launch
+    monkeypatch.setattr(kernels, "_launch", lambda *a: (launches.append(a), launch(*a)))
+    move_to(scope, Point(Draw("gaussian", 0, 1), 0.5))
+    step_along(scope, Draw("gaussian", 0, 1), torch.zeros((), device="cuda"))
+    assert len(launches) == 2

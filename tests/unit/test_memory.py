@@ -117,6 +117,17 @@ def test_what_a_run_holds(loaded: LoadedModel, fields: dict[str, Any]) -> None:
         selection.close()
 
 
+def test_the_cache_is_bounded(loaded: LoadedModel) -> None:
+    """However much data there is; and a run can do without."""
+    few, many = (
+        tuning(loaded.info, "bfloat16", 1000, cached_tokens=n, device_bytes=2**30)
+        for n in (10, 10**9)
+    )
+    assert few.prefix_cache == 10 * loaded.info.hidden_size * 2
+    assert many.prefix_cache == 2**30 // 5
+    assert few.needed == many.needed < few.total < many.total
+
+
 def test_what_a_forward_pass_adds(loaded: LoadedModel) -> None:
     """Both points side by side, at the highest: from two thirds of the estimate to a fifth more."""
     selection = select(loaded, parse("layer:8"))

@@ -241,10 +241,11 @@ def test_a_real_allocator_that_refuses() -> None:
     job = TuneJob(scope="layer:3", steps=40, batch_size=64, lr=1e-5)
     total = torch.cuda.get_device_properties(0).total_memory
 
-    def tuned(megabytes: int | None) -> tuple[list[dict[str, Any]], list[str], int]:
+    said: list[str] = []
+
+    def tuned(megabytes: int | None) -> list[dict[str, Any]]:
         forward = FastForward(demo, 3, graphs=True)
         forward.register(rows)
-        said: list[str] = []
         ladder = MemoryLadder(forward, job.batch_size, lambda line, _n: said.append(line))
         ledger: list[dict[str, Any]] = []
         scope = TunedScope(scope_parameters(demo, 3))
@@ -263,28 +264,26 @@ def test_a_real_allocator_that_refuses() -> None:
 
         torch.cuda.empty_cache()
         if megabytes is not None:
-            room = torch.cuda.memory_allocated() + megabytes * 2**20
+            room = torch.cuda.memory_reserved() + megabytes * 2**20
             torch.cuda.set_per_process_memory_fraction(room / total)
         try:
             ladder.hold(steps, lambda: progress.step + 1, again)
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
             scope.close()
-        return ledger, said, ladder.micro_batch
+        return ledger
 
-    free, said, whole = tuned(None)
+    free = tuned(None)
     assert not said
-    assert whole == 64
-    met: set[str] = set()
-    for megabytes in (1024, 512, 256, 128, 96, 64, 48, 32):
+    for megabytes in (1024, 512, 256, 192, 128, 96, 80, 64, 48, 32, 16, 8):
         try:
-            tight, said, _ = tuned(megabytes)
+            tight = tuned(megabytes)
         except MemoryExhaustedError:
             break
-        met |= {line.partition(": ")[2] for line in said}
         assert [r["step"] for r in tight] == [r["step"] for r in free]
         for ours, theirs in zip(tight, free, strict=True):
             assert ours["forward_passes"] == theirs["forward_passes"]
-            assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-2)
+            assert ours["loss"] == pytest.approx(theirs["loss"], abs=5e-2)
+    met = {line.partition(": ")[2] for line in said}
     assert "CUDA graphs given up" in met
     assert any("micro-batches" in line for line in met)

@@ -72,6 +72,11 @@ class Tuning:
         """All of it."""
         return sum(getattr(self, f.name) for f in fields(self))
 
+    @property
+    def needed(self) -> int:
+        """Without what a run gives up when memory is short: prefix cache and graphs."""
+        return self.total - self.prefix_cache - self.graphs
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
@@ -154,7 +159,7 @@ def tuning(
         gradients=values * (size + FP32) if first_order else 0,
         copies=points * values * size if paired else 0,
         noise=0 if fused or first_order else min(values * directions, NOISE_BOUND) * FP32,
-        prefix_cache=0 if plain or cache > room else cache,
+        prefix_cache=0 if plain else min(cache, room),
         activations=activations,
         logits=logits,
         graphs=(
@@ -170,7 +175,7 @@ def estimate(
     tokens: int = 256,
     device_bytes: int | None = None,
 ) -> MemoryEstimate:
-    """Estimate the memory of each use, tuning with the default job.
+    """Estimate the memory of each use, tuning with the default job and no prefix cache.
 
     Args:
         info: the model, from :func:`zo_core.models.catalog.describe`.

@@ -102,6 +102,10 @@ class FusedSteps:
 
     def settle(self) -> None:
         """Queue the update that waits, if one does: then master and working weights are true."""
-        if self._owed is not None:
+        if self._owed is None:
+            return
+        if self._owed.paid:  # by a step that broke off afterwards
+            self._scope.restore()
+        else:
             step_along(self._scope, self._owed.draw, self._owed.alpha)
-            self._owed = None
+        self._owed = None

@@ -6,9 +6,11 @@ cannot do, :meth:`TunedScope.weights_at` says what to write.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 
+from zo_core.zo.grouped import Group, Groups
 from zo_core.zo.noise import key
 from zo_core.zo.scope import Draw, Point, TunedScope
 
@@ -25,10 +27,25 @@ def fusible(scope: TunedScope, noise: str) -> bool:
     """Whether the fused kernels do what this scope does."""
     return (
         type(scope) is TunedScope
-        and not scope.masks
         and noise in {"gaussian", "rademacher"}
         and all(p.is_cuda and p.is_contiguous() for p in scope.parameters.values())
+        and all(m.is_cuda and m.is_contiguous() for m in scope.masks.values())
     )
+
+
+_groups: WeakKeyDictionary[TunedScope, Groups] = WeakKeyDictionary()
+
+
+def _groups_of(scope: TunedScope, out: Mapping[str, Sequence[torch.Tensor]]) -> list[Group]:
+    """What one launch of a kernel each goes through, tables made at the first step."""
+    if scope not in _groups:
+        _groups[scope] = Groups(scope)
+    return _groups[scope].writing_to(out)
+
+
+def _itself(scope: TunedScope) -> dict[str, list[torch.Tensor]]:
+    """The working weights as the one output of a kernel."""
+    return {name: [p] for name, p in scope.parameters.items()}
 
 
 def step_along(scope: TunedScope, draw: Draw, alpha: torch.Tensor) -> None:
@@ -42,25 +59,27 @@ def step_along(scope: TunedScope, draw: Draw, alpha: torch.Tensor) -> None:
     from zo_core.zo.kernels.noise import step
 
     keys = keys_on_device(scope, draw)
-    for which, (name, master) in enumerate(scope.master.items()):
-        step(draw.noise, master, scope.parameters[name], keys, which, alpha)
+    for group in _groups_of(scope, _itself(scope)):
+        step(draw.noise, group, keys, alpha)
 
 
 def move_to(scope: TunedScope, point: Point) -> None:
     """Set the working weights of a scope to those of a point."""
     if point.draw is not None and fusible(scope, point.draw.noise):
-        write_points(scope, [point], {name: [p] for name, p in scope.parameters.items()})
+        write_points(scope, [point], _itself(scope))
     else:
         scope.perturb(point)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Owed:
-    """An update that the master does not have yet: ``master += alpha z``."""
+    """An update for the master to be given: ``master += alpha z``."""
 
     draw: Draw
     alpha: torch.Tensor
     """float32 scalar on the device."""
+    paid: bool = False
+    """Whether the master has it: a forward pass may break off after that."""
 
 
 def write_points(
@@ -90,12 +109,12 @@ def write_points(
 
     keys = keys_on_device(scope, draw)
     before = keys if owed is None else keys_on_device(scope, owed.draw)
-    for which, (name, master) in enumerate(scope.master.items()):
+    for group in _groups_of(scope, out):
         if len(points) == 1:
-            perturb(draw.noise, master, out[name][0], keys, which, eps)
-            continue
-        plus, minus = out[name]
-        if owed is None:
-            perturb_pair(draw.noise, master, plus, minus, keys, which, eps)
+            perturb(draw.noise, group, keys, eps)
+        elif owed is None:
+            perturb_pair(draw.noise, group, keys, eps)
         else:
-            step_pair(draw.noise, master, plus, minus, before, keys, which, owed.alpha, eps)
+            step_pair(draw.noise, group, before, keys, owed.alpha, eps)
+    if owed is not None:
+        owed.paid = True

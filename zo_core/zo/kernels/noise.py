@@ -2,7 +2,8 @@
 
 The same z as :mod:`zo_core.zo.noise` - Rademacher bit for bit, Gaussian to float32 rounding - but
 never stored: each kernel makes the values it needs from the counter, in registers. Keys and step
-sizes are read from device memory, so that launching needs no value from the host.
+sizes are read from device memory, so that launching needs no value from the host. One launch does
+all tensors of a dtype: where they lie is read from a table (:mod:`zo_core.zo.grouped`).
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -13,10 +14,17 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-BLOCK = 1024
-"""Values a program makes: 256 counters of Gaussian noise, 8 of Rademacher."""
+from zo_core.zo.grouped import BLOCK, COLUMNS, Group
 
 _TWO_PI = tl.constexpr(2.0 * math.pi * 2.0**-32)
+_FIRST, _SIZE, _KEY, _MASTER, _MASK, _OUT = (
+    tl.constexpr(COLUMNS.index(name)) for name in ("first", "size", "key", "master", "mask", "out")
+)
+_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
 
 
 @triton.jit
@@ -54,67 +62,131 @@ def _make(out, n, keys, which, GAUSSIAN: tl.constexpr, BLOCK: tl.constexpr):  # 
 
 
 @triton.jit
-def _point(master, out, n, keys, which, scale, GAUSSIAN: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
-    block = tl.program_id(0).to(tl.int64)
+def _row(table, owners, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
+    """This program's row of the table, its block of that tensor, and the places in it."""
+    program = tl.program_id(0).to(tl.int64)
+    row = table + tl.load(owners + program).to(tl.int64) * WIDTH
+    block = program - tl.load(row + _FIRST)
     at = block * BLOCK + tl.arange(0, BLOCK)
-    z = _z(tl.load(keys + which), block, GAUSSIAN, BLOCK)
-    w = tl.load(master + at, mask=at < n)
-    tl.store(out + at, tl.fma(z, scale, w).to(out.dtype.element_ty), mask=at < n)
+    size = tl.load(row + _SIZE)
+    if ALIGNED:
+        size = tl.multiple_of(size, 16)
+    return row, block, at, at < size
 
 
 @triton.jit
-def _pair(master, plus, minus, n, keys, which, eps, GAUSSIAN: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
-    block = tl.program_id(0).to(tl.int64)
-    at = block * BLOCK + tl.arange(0, BLOCK)
-    z = _z(tl.load(keys + which), block, GAUSSIAN, BLOCK)
-    w = tl.load(master + at, mask=at < n)
-    tl.store(plus + at, tl.fma(z, eps, w).to(plus.dtype.element_ty), mask=at < n)
-    tl.store(minus + at, tl.fma(z, -eps, w).to(minus.dtype.element_ty), mask=at < n)
+def _at(row, column, at, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):  # noqa: N803
+    """Pointers [BLOCK] into a tensor of the row."""
+    pointers = tl.load(row + column).to(tl.pointer_type(DTYPE)) + at
+    if ALIGNED:
+        pointers = tl.multiple_of(pointers, 16)
+    return pointers
+
+
+@triton.jit
+def _masked_z(
+    row,
+    keys,
+    block,
+    at,
+    MASKED: tl.constexpr,  # noqa: N803
+    GAUSSIAN: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+):
+    """The tensor's z, 0 outside its mask if it has one."""
+    z = _z(tl.load(keys + tl.load(row + _KEY)), block, GAUSSIAN, BLOCK)
+    if MASKED:
+        flags = tl.load(row + _MASK)
+        covered = tl.load(row + _SIZE) * (flags != 0).to(tl.int64)
+        flags = flags.to(tl.pointer_type(tl.uint8))
+        tuned = tl.load(flags + at, mask=at < covered, other=1)
+        z = z * tuned.to(tl.float32)
+    return z
+
+
+@triton.jit
+def _point(
+    table,
+    owners,
+    keys,
+    scale,
+    WIDTH: tl.constexpr,  # noqa: N803
+    DTYPE: tl.constexpr,  # noqa: N803
+    ALIGNED: tl.constexpr,  # noqa: N803
+    MASKED: tl.constexpr,  # noqa: N803
+    GAUSSIAN: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+):
+    row, block, at, inside = _row(table, owners, WIDTH, ALIGNED, BLOCK)
+    z = _masked_z(row, keys, block, at, MASKED, GAUSSIAN, BLOCK)
+    w = tl.load(_at(row, _MASTER, at, tl.float32, ALIGNED), mask=inside)
+    tl.store(_at(row, _OUT, at, DTYPE, ALIGNED), tl.fma(z, scale, w).to(DTYPE), mask=inside)
+
+
+@triton.jit
+def _pair(
+    table,
+    owners,
+    keys,
+    eps,
+    WIDTH: tl.constexpr,  # noqa: N803
+    DTYPE: tl.constexpr,  # noqa: N803
+    ALIGNED: tl.constexpr,  # noqa: N803
+    MASKED: tl.constexpr,  # noqa: N803
+    GAUSSIAN: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+):
+    row, block, at, inside = _row(table, owners, WIDTH, ALIGNED, BLOCK)
+    z = _masked_z(row, keys, block, at, MASKED, GAUSSIAN, BLOCK)
+    w = tl.load(_at(row, _MASTER, at, tl.float32, ALIGNED), mask=inside)
+    tl.store(_at(row, _OUT, at, DTYPE, ALIGNED), tl.fma(z, eps, w).to(DTYPE), mask=inside)
+    tl.store(_at(row, _OUT + 1, at, DTYPE, ALIGNED), tl.fma(z, -eps, w).to(DTYPE), mask=inside)
 
 
 @triton.jit
 def _step(
-    master,
-    working,
-    n,
+    table,
+    owners,
     keys,
-    which,
     alpha,
-    decay,
-    GAUSSIAN: tl.constexpr,
+    WIDTH: tl.constexpr,  # noqa: N803
+    DTYPE: tl.constexpr,  # noqa: N803
+    ALIGNED: tl.constexpr,  # noqa: N803
+    MASKED: tl.constexpr,  # noqa: N803
+    GAUSSIAN: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ):
-    block = tl.program_id(0).to(tl.int64)
-    at = block * BLOCK + tl.arange(0, BLOCK)
-    z = _z(tl.load(keys + which), block, GAUSSIAN, BLOCK)
-    # The decayed weight is rounded before the step is added, as two torch operations would.
-    w = tl.fma(z, tl.load(alpha), tl.load(master + at, mask=at < n) * decay)
-    tl.store(master + at, w, mask=at < n)
-    tl.store(working + at, w.to(working.dtype.element_ty), mask=at < n)
+    row, block, at, inside = _row(table, owners, WIDTH, ALIGNED, BLOCK)
+    z = _masked_z(row, keys, block, at, MASKED, GAUSSIAN, BLOCK)
+    master = _at(row, _MASTER, at, tl.float32, ALIGNED)
+    w = tl.fma(z, tl.load(alpha), tl.load(master, mask=inside))
+    tl.store(master, w, mask=inside)
+    tl.store(_at(row, _OUT, at, DTYPE, ALIGNED), w.to(DTYPE), mask=inside)
 
 
 @triton.jit
 def _step_pair(
-    master,
-    plus,
-    minus,
-    n,
+    table,
+    owners,
     keys,
     next_keys,
-    which,
     alpha,
     eps,
+    WIDTH: tl.constexpr,  # noqa: N803
+    DTYPE: tl.constexpr,  # noqa: N803
+    ALIGNED: tl.constexpr,  # noqa: N803
+    MASKED: tl.constexpr,  # noqa: N803
     GAUSSIAN: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ):
-    block = tl.program_id(0).to(tl.int64)
-    at = block * BLOCK + tl.arange(0, BLOCK)
-    z = _z(tl.load(keys + which), block, GAUSSIAN, BLOCK)
-    w = tl.fma(z, tl.load(alpha), tl.load(master + at, mask=at < n))
-    tl.store(master + at, w, mask=at < n)
-    z = _z(tl.load(next_keys + which), block, GAUSSIAN, BLOCK)
-    tl.store(plus + at, tl.fma(z, eps, w).to(plus.dtype.element_ty), mask=at < n)
-    tl.store(minus + at, tl.fma(z, -eps, w).to(minus.dtype.element_ty), mask=at < n)
+    row, block, at, inside = _row(table, owners, WIDTH, ALIGNED, BLOCK)
+    z = _masked_z(row, keys, block, at, MASKED, GAUSSIAN, BLOCK)
+    master = _at(row, _MASTER, at, tl.float32, ALIGNED)
+    w = tl.fma(z, tl.load(alpha), tl.load(master, mask=inside))
+    tl.store(master, w, mask=inside)
+    z = _masked_z(row, next_keys, block, at, MASKED, GAUSSIAN, BLOCK)
+    tl.store(_at(row, _OUT, at, DTYPE, ALIGNED), tl.fma(z, eps, w).to(DTYPE), mask=inside)
+    tl.store(_at(row, _OUT + 1, at, DTYPE, ALIGNED), tl.fma(z, -eps, w).to(DTYPE), mask=inside)
 
 
 def _grid(values: int) -> tuple[int]:
@@ -135,53 +207,28 @@ def make(kind: str, out: torch.Tensor, keys: torch.Tensor, which: int) -> None:
         _make[_grid(n)](out, n, keys, which, kind == "gaussian", BLOCK)
 
 
-def perturb(
-    kind: str,
-    master: torch.Tensor,
-    out: torch.Tensor,
-    keys: torch.Tensor,
-    which: int,
-    scale: float,
-) -> None:
-    """Write ``master + scale z``, rounded once; arguments as of :func:`perturb_pair`."""
-    n = master.numel()
-    with torch.cuda.device(master.device):
-        _point[_grid(n)](master, out, n, keys, which, scale, kind == "gaussian", BLOCK)
+def perturb(kind: str, group: Group, keys: torch.Tensor, scale: float) -> None:
+    """Write ``master + scale z`` of every tensor, rounded once; see :func:`perturb_pair`."""
+    _launch(_point, kind, group, keys, scale)
 
 
-def perturb_pair(
-    kind: str,
-    master: torch.Tensor,
-    plus: torch.Tensor,
-    minus: torch.Tensor,
-    keys: torch.Tensor,
-    which: int,
-    eps: float,
-) -> None:
-    """Write ``master + eps z`` and ``master - eps z``, each rounded once.
+def perturb_pair(kind: str, group: Group, keys: torch.Tensor, eps: float) -> None:
+    """Write ``master + eps z`` and ``master - eps z`` of every tensor, each rounded once.
 
     Args:
         kind: see :func:`make`.
-        master: float32, contiguous.
-        plus: working dtype, contiguous, the master's size.
-        minus: the same.
-        keys: see :func:`make`.
-        which: see :func:`make`.
+        group: the tensors; they have two outputs each, plus and minus.
+        keys: int64 [P] on the device, Philox keys; the table says whose is which.
         eps: perturbation scale.
     """
-    n = master.numel()
-    with torch.cuda.device(master.device):
-        _pair[_grid(n)](master, plus, minus, n, keys, which, eps, kind == "gaussian", BLOCK)
+    _launch(_pair, kind, group, keys, eps)
 
 
 def step_pair(
     kind: str,
-    master: torch.Tensor,
-    plus: torch.Tensor,
-    minus: torch.Tensor,
+    group: Group,
     keys: torch.Tensor,
     next_keys: torch.Tensor,
-    which: int,
     alpha: torch.Tensor,
     eps: float,
 ) -> None:
@@ -189,33 +236,31 @@ def step_pair(
 
     The working weights themselves are left behind; :func:`step` with alpha 0 brings them up.
     """
-    n = master.numel()
-    with torch.cuda.device(master.device):
-        _step_pair[_grid(n)](
-            master, plus, minus, n, keys, next_keys, which, alpha, eps, kind == "gaussian", BLOCK
-        )
+    _launch(_step_pair, kind, group, keys, next_keys, alpha, eps)
 
 
-def step(
-    kind: str,
-    master: torch.Tensor,
-    working: torch.Tensor,
-    keys: torch.Tensor,
-    which: int,
-    alpha: torch.Tensor,
-    decay: float = 1.0,
-) -> None:
-    """``master = decay master + alpha z``, and the working weights from it.
+def step(kind: str, group: Group, keys: torch.Tensor, alpha: torch.Tensor) -> None:
+    """``master += alpha z`` of every tensor, and the working weights, its output, from it.
 
     Args:
         kind: see :func:`make`.
-        master: float32, contiguous, changed in place.
-        working: working dtype, contiguous, overwritten.
-        keys: see :func:`make`.
-        which: see :func:`make`.
+        group: the tensors.
+        keys: see :func:`perturb_pair`.
         alpha: float32 scalar on the device, ``-lr g``.
-        decay: ``1 - lr weight_decay``.
     """
-    n = master.numel()
-    with torch.cuda.device(master.device):
-        _step[_grid(n)](master, working, n, keys, which, alpha, decay, kind == "gaussian", BLOCK)
+    _launch(_step, kind, group, keys, alpha)
+
+
+def _launch(kernel, kind: str, group: Group, *arguments: object) -> None:
+    with torch.cuda.device(group.table.device):
+        kernel[(len(group.owners),)](
+            group.table,
+            group.owners,
+            *arguments,
+            WIDTH=group.table.shape[1],
+            DTYPE=_DTYPES[group.dtype],
+            ALIGNED=group.aligned,
+            MASKED=group.masked,
+            GAUSSIAN=kind == "gaussian",
+            BLOCK=BLOCK,
+        )
