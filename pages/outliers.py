@@ -49,7 +49,10 @@ def side_by_side(scans: Sequence[Scan], draw: Callable[[int, Scan], None]) -> No
     if len(scans) == 1:
         draw(0, scans[0])
         return
-    for index, (place, scan) in enumerate(zip(st.columns(len(scans)), scans, strict=True)):
+    # Columns stay side by side on any tablet; figures need this much, and are stacked below it.
+    with st.container(horizontal=True, gap="small"):
+        places = [st.container(width=BESIDE) for _ in scans]
+    for index, (place, scan) in enumerate(zip(places, scans, strict=True)):
         with place:
             st.caption(plain(f"{'AB'[index]}: {scan.title}"))
             draw(index, scan)
