@@ -29,6 +29,7 @@ Noise = Literal["gaussian", "rademacher", "sphere"]
 Rule = Literal["emergence", "massive", "systematic", "zscore"]
 TextSource = Literal["sample", "prompt", "task"]
 Bos = Literal["auto", "add", "none"]
+Placement = Literal["resident", "offload", "stream"]
 ForwardPath = Literal["auto", "fast", "reference"]
 Optimizer = Literal["zo-sgd", "momentum", "sign", "conservative", "adamm", "adamw"]
 Estimator = Literal["two-sided", "one-sided"]
@@ -134,7 +135,7 @@ class TaskFields(TaskChoice):
 
 
 class ScanJob(TaskChoice):
-    """Activation scan: streaming statistics of every block output."""
+    """Activation scan: streaming statistics of every part of every block."""
 
     kind: Literal["scan"] = "scan"
     text: TextSource = Field("sample", description="bundled passages, own prompt, or task rows")
@@ -143,6 +144,11 @@ class ScanJob(TaskChoice):
     max_tokens: int = Field(256, ge=4, le=131_072, description="longest sequence, in tokens")
     batch_size: int = Field(8, ge=1, le=4096, description="sequences a forward pass")
     bos: Bos = Field("auto", description="auto: as the tokenizer does; add; none")
+    placement: Placement = Field(
+        "resident",
+        description="of the weights. offload: what does not fit waits in CPU memory or on disk; "
+        "stream: one block at a time from the files",
+    )
 
     @model_validator(mode="after")
     def _prompt_is_there(self) -> "ScanJob":

@@ -48,7 +48,9 @@ class BlockParts:
 
 def find_parts(block: nn.Module) -> BlockParts:
     """Take a decoder block apart; it may be on the meta device."""
-    mixers, others, loose = [], [], []
+    mixers: list[nn.Module] = []
+    others: list[nn.Module] = []
+    loose: list[nn.Module] = []
     for name, child in block.named_children():
         if isinstance(child, LINEAR):
             loose.append(child)

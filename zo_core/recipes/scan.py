@@ -1,6 +1,9 @@
 """Scan: activation statistics of every layer, and what each outlier rule says of them."""
 
 import time
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,9 +14,11 @@ from zo_core.analysis.activations import EMBEDDING, ActivationScan
 from zo_core.analysis.outliers import ScanTables, Verdict, first_outlier_layer
 from zo_core.analysis.outliers.agreement import consensus, judge_all
 from zo_core.analysis.outliers.known import published_facts
+from zo_core.analysis.streaming import scan_blockwise
 from zo_core.jobs import ScanJob
 from zo_core.models import resident
-from zo_core.models.load import LoadedModel
+from zo_core.models.blockwise import BlockwiseModel
+from zo_core.models.load import LoadedModel, load
 from zo_core.progress import JobContext
 from zo_core.provenance import provenance
 from zo_core.runs import Run, to_json
@@ -23,9 +28,33 @@ from zo_core.tasks.texts import texts_of, tokenise
 def run_scan(job: ScanJob, run: Run, context: JobContext) -> None:
     """Scan a model and write its tables."""
     texts = texts_of(job)
-    loaded = resident.acquire(job, context.log)
-    began = time.perf_counter()
-    scan = scan_texts(loaded, job, texts, context)
+    with ExitStack() as stack:
+        if job.placement == "stream":
+            context.log(f"Opening {job.model} block by block")
+            streamed = BlockwiseModel(job)
+            loaded = streamed.loaded
+            began = time.perf_counter()
+            scan = _stream_texts(streamed, job, texts, context)
+        else:
+            if job.placement == "offload":
+                context.log(f"Loading {job.model}, part of it off the device")
+                folder = stack.enter_context(TemporaryDirectory(prefix="zoscope-offload-"))
+                loaded = load(job, Path(folder))
+            else:
+                loaded = resident.acquire(job, context.log)
+            began = time.perf_counter()
+            scan = scan_texts(loaded, job, texts, context)
+        _write(job, run, context, loaded, scan, began)
+
+
+def _write(
+    job: ScanJob,
+    run: Run,
+    context: JobContext,
+    loaded: LoadedModel,
+    scan: ActivationScan,
+    began: float,
+) -> None:
     tables = ScanTables(scan.layers(), scan.parts(), scan.channels(), scan.weights(), scan.owl())
     verdicts = judge_all(tables)
     for name, table in {**tables.named(), "tokens": scan.tokens()}.items():
@@ -37,8 +66,47 @@ def run_scan(job: ScanJob, run: Run, context: JobContext) -> None:
     for name, verdict in verdicts.items():
         context.log(f"{name}: {verdict.reason}")
     context.log(summary["consensus"])
-    for layer, count, token in scan.nonfinite():
-        context.log(f"layer {layer} has {count} NaN or infinite activations, first at {token!r}")
+    for sentence in broken_layers(scan, loaded.dtype_name):
+        context.log(sentence)
+
+
+def broken_layers(scan: ActivationScan, dtype: str) -> list[str]:
+    """A sentence for every layer with NaN or infinite activations."""
+    found = []
+    for number, (layer, count, token) in enumerate(scan.nonfinite()):
+        name = "the embedding output" if layer == EMBEDDING else f"layer {layer}"
+        sentence = f"{name} has {count} NaN or infinite activations, first at {token!r}"
+        if dtype == "float16" and not number:
+            sentence += ": it is the first to pass what float16 can hold, scan in bfloat16"
+        found.append(sentence)
+    return found
+
+
+def _sequences(
+    loaded: LoadedModel, job: ScanJob, texts: list[str], context: JobContext
+) -> list[list[int]]:
+    longest = min(job.max_tokens, loaded.context)
+    sequences = tokenise(texts, loaded.tokenizer, job.bos, longest)
+    if len(sequences) < len(texts):
+        context.log(f"{len(texts) - len(sequences)} texts were too short and left out")
+    return sequences
+
+
+def _stream_texts(
+    model: BlockwiseModel, job: ScanJob, texts: list[str], context: JobContext
+) -> ActivationScan:
+    """Run texts through a model of which one block is in memory at a time."""
+    sequences = _sequences(model.loaded, job, texts, context)
+    scan = ActivationScan(model.loaded)
+
+    def tick(layer: int, done: int) -> None:
+        step = layer * len(sequences) + done
+        context.progress(step, len(model) * len(sequences), f"layer {layer} of {len(model)}")
+        context.check_cancelled()
+
+    context.check_cancelled()
+    scan_blockwise(scan, model, sequences, job.batch_size, tick)
+    return scan
 
 
 def scan_texts(
@@ -50,10 +118,7 @@ def scan_texts(
     parts: bool = True,
 ) -> ActivationScan:
     """Run texts through the model under the job's settings."""
-    longest = min(job.max_tokens, loaded.context)
-    sequences = tokenise(texts, loaded.tokenizer, job.bos, longest)
-    if len(sequences) < len(texts):
-        context.log(f"{len(texts) - len(sequences)} texts were too short and left out")
+    sequences = _sequences(loaded, job, texts, context)
     scan = ActivationScan(loaded, parts)
 
     def tick(done: int) -> None:
@@ -112,6 +177,7 @@ def _summary(
             "in_text": with_bos,
         },
         "nonfinite": blocks["nonfinite"].tolist(),
+        "placement": job.placement,
         "text": job.text,
         "n_sequences": scan.n_sequences,
         "n_tokens": scan.n_tokens,
