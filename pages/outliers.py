@@ -49,10 +49,9 @@ def side_by_side(scans: Sequence[Scan], draw: Callable[[int, Scan], None]) -> No
     if len(scans) == 1:
         draw(0, scans[0])
         return
-    # Columns stay side by side on any tablet; figures need this much, and are stacked below it.
-    with st.container(horizontal=True, gap="small"):
-        places = [st.container(width=BESIDE) for _ in scans]
-    for index, (place, scan) in enumerate(zip(places, scans, strict=True)):
+    # Columns stay side by side on a tablet, where figures are too narrow: stack them there.
+    st.html('<style>.st-key-two_scans [data-testid="stColumn"] {min-width: 26rem}</style>')
+    for index, (place, scan) in enumerate(zip(st.columns(len(scans)), scans, strict=True)):
         with place:
             st.caption(plain(f"{'AB'[index]}: {scan.title}"))
             draw(index, scan)
@@ -321,6 +320,18 @@ def results(entry: history.Entry) -> None:
         scans.append(other)
         firsts.append(others[rule].layer)
     selected = select(scan, first)
+    with st.container(key="two_scans" if len(scans) > 1 else "one_scan"):
+        figures = pictures(scans, firsts, selected, n_layers)
+    weights = weighting(scan, verdicts, first)
+    if weights is not None:
+        figures["Layer weights"] = weights
+    exports(scan, verdicts, figures)
+
+
+def pictures(
+    scans: Sequence[Scan], firsts: Firsts, selected: int, n_layers: int
+) -> dict[str, go.Figure]:
+    """Statistics, heatmaps and the detail of a layer; the figures of the first scan by title."""
     figures = profiles(scans, firsts, selected)
     figures["Layer by channel"] = by_channel(scans, firsts, selected)
     figures["Layer by token"] = by_token(scans, firsts, selected)
@@ -329,17 +340,14 @@ def results(entry: history.Entry) -> None:
     with st.container(horizontal=True, vertical_alignment="bottom", key="layer_detail"):
         layer = st.selectbox(
             "Layer",
-            scan.layers,
+            scans[0].layers,
             key="outlier_layer",
             width=260,
             format_func=lambda k: layer_name(k, n_layers),
         )
         fine_tune(layer, f"Fine-tune layer {layer}", "fine_tune_selected")
     detail(scans, layer)
-    weights = weighting(scan, verdicts, first)
-    if weights is not None:
-        figures["Layer weights"] = weights
-    exports(scan, verdicts, figures)
+    return figures
 
 
 def show(entry: history.Entry) -> None:
