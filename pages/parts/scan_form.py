@@ -25,7 +25,7 @@ PLACEMENTS = {
     "stream": "one block at a time from the files",
 }
 PLACEMENT_HELP = (
-    "Streaming scans a model of 7 or 8 billion parameters in a few GB of memory: each block is read "
+    "Streaming scans a model of 7 or 8 billion parameters in a few GB of memory: a block is read "
     "from its safetensors files, used for all texts, and dropped. The numbers are the same."
 )
 BOS_HELP = (
