@@ -19,6 +19,15 @@ NUMBERS = {
     ),
     "batch_size": ("Sequences a pass", "More is faster on a GPU, and needs more memory."),
 }
+PLACEMENTS = {
+    "resident": "whole, on the device",
+    "offload": "what does not fit waits in memory or on disk",
+    "stream": "one block at a time from the files",
+}
+PLACEMENT_HELP = (
+    "Streaming scans a model of 7 or 8 billion parameters in a few GB of memory: a block is read "
+    "from its safetensors files, used for all texts, and dropped. The numbers are the same."
+)
 BOS_HELP = (
     "The first token carries massive activations, so BOS changes the answer: Phi-2 has them from "
     "layer 1 on without BOS and from layer 2 with it, Gemma-7B only with it."
@@ -68,6 +77,15 @@ def form(choice: Choice) -> None:
             width=190,
             persist_state="session",
             help=BOS_HELP,
+        )
+        values["placement"] = st.selectbox(
+            "Weights",
+            list(PLACEMENTS),
+            format_func=PLACEMENTS.get,
+            key="scan_placement",
+            width=300,
+            persist_state="session",
+            help=PLACEMENT_HELP,
         )
     launch.launch_row(ScanJob, values | choice.fields(), "Scan", key="start_scan")
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zo_core.analysis.outliers import RULES, first_outlier_layer
@@ -67,6 +67,7 @@ def test_scale_of_the_magnitudes_does_not_matter(
         assert first_outlier_layer(rule, scaled).layer == first_outlier_layer(rule, layers).layer
 
 
+@settings(max_examples=20, deadline=None)
 @given(planted(), st.randoms(use_true_random=False))
 def test_order_of_the_rows_does_not_matter(case: tuple[pd.DataFrame, int], draw: object) -> None:
     layers, _ = case

@@ -133,6 +133,7 @@ class ActivationScan:
             rows = [b * width + t for b, s in enumerate(part) for t in range(len(s))]
         batch = Batch(
             size=len(part) * width,
+            first=first,
             tokens=torch.arange(first, end, device=device),
             rows=None if rows is None else torch.tensor(rows, device=device),
             kept=max(0, min(kept, end) - first),

@@ -26,8 +26,10 @@ class Batch:
 
     size: int
     """B * T."""
+    first: int
+    """Number of the first real token."""
     tokens: torch.Tensor
-    """int64 [N]: number of each real token."""
+    """int64 [N]: numbers of the real tokens, consecutive."""
     rows: torch.Tensor | None
     """int64 [N]: its row in the flattened batch; None if every row is real."""
     kept: int
@@ -120,7 +122,7 @@ class BlockObserver:
         real = self.batch.real(states)
         statistics = self._statistics(part, real.shape[-1])
         real = real.to(self._device)
-        statistics.add(real, self.batch.tokens)
+        statistics.add(real, self.batch.first)
         if part == "block_output" and self.batch.kept and self.layer >= 0:
             n = self.batch.kept
             largest = real[:n].abs().float().nan_to_num(0.0, 0.0, 0.0).max(-1)

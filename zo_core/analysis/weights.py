@@ -95,8 +95,7 @@ def _describe(weight: torch.Tensor) -> dict[str, Any]:
     """Statistics of a weight [outputs, inputs], of its columns and of its rows."""
     outputs, inputs = weight.shape
     statistics = Statistics(inputs, weight.device)
-    numbers = torch.arange(outputs, device=weight.device)
-    statistics.add(weight, numbers)
+    statistics.add(weight, 0)
     found = statistics.row()
     row: dict[str, Any] = {"outputs": outputs, "inputs": inputs}
     for rank, (output, column, value) in enumerate(statistics.places(), start=1):

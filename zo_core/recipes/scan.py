@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import pandas as pd
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from zo_core.analysis.activations import EMBEDDING, ActivationScan
 from zo_core.analysis.outliers import ScanTables, Verdict, first_outlier_layer
@@ -18,7 +19,8 @@ from zo_core.analysis.streaming import scan_blockwise
 from zo_core.jobs import ScanJob
 from zo_core.models import resident
 from zo_core.models.blockwise import BlockwiseModel
-from zo_core.models.load import LoadedModel, load
+from zo_core.models.catalog import describe
+from zo_core.models.load import LoadedModel, load, load_tokenizer
 from zo_core.progress import JobContext
 from zo_core.provenance import provenance
 from zo_core.runs import Run, to_json
@@ -27,14 +29,17 @@ from zo_core.tasks.texts import texts_of, tokenise
 
 def run_scan(job: ScanJob, run: Run, context: JobContext) -> None:
     """Scan a model and write its tables."""
-    texts = texts_of(job)
+    info = describe(job.model, job.revision)
+    tokenizer = load_tokenizer(job, info)
+    # Before any weight is read: a text or a setting that cannot be used.
+    sequences = _sequences(job, texts_of(job), tokenizer, info.context, context)
     with ExitStack() as stack:
         if job.placement == "stream":
             context.log(f"Opening {job.model} block by block")
             streamed = BlockwiseModel(job)
             loaded = streamed.loaded
             began = time.perf_counter()
-            scan = _stream_texts(streamed, job, texts, context)
+            scan = _scan_blockwise(streamed, job, sequences, context)
         else:
             if job.placement == "offload":
                 context.log(f"Loading {job.model}, part of it off the device")
@@ -43,7 +48,7 @@ def run_scan(job: ScanJob, run: Run, context: JobContext) -> None:
             else:
                 loaded = resident.acquire(job, context.log)
             began = time.perf_counter()
-            scan = scan_texts(loaded, job, texts, context)
+            scan = _scan_whole(loaded, job, sequences, context)
         _write(job, run, context, loaded, scan, began)
 
 
@@ -83,21 +88,36 @@ def broken_layers(scan: ActivationScan, dtype: str) -> list[str]:
 
 
 def _sequences(
-    loaded: LoadedModel, job: ScanJob, texts: list[str], context: JobContext
+    job: ScanJob,
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int | None,
+    context: JobContext,
 ) -> list[list[int]]:
-    longest = min(job.max_tokens, loaded.context)
-    sequences = tokenise(texts, loaded.tokenizer, job.bos, longest)
+    limit = min(job.max_tokens, longest or tokenizer.model_max_length)
+    sequences = tokenise(texts, tokenizer, job.bos, limit)
     if len(sequences) < len(texts):
         context.log(f"{len(texts) - len(sequences)} texts were too short and left out")
     return sequences
 
 
-def _stream_texts(
-    model: BlockwiseModel, job: ScanJob, texts: list[str], context: JobContext
+def _scan_whole(
+    loaded: LoadedModel, job: ScanJob, sequences: list[list[int]], context: JobContext
 ) -> ActivationScan:
-    """Run texts through a model of which one block is in memory at a time."""
-    sequences = _sequences(model.loaded, job, texts, context)
-    scan = ActivationScan(model.loaded)
+    def tick(done: int) -> None:
+        context.progress(done, len(sequences), f"{done} of {len(sequences)} texts")
+        context.check_cancelled()
+
+    context.check_cancelled()
+    scan = ActivationScan(loaded)
+    scan.run(sequences, job.batch_size, tick)
+    return scan
+
+
+def _scan_blockwise(
+    model: BlockwiseModel, job: ScanJob, sequences: list[list[int]], context: JobContext
+) -> ActivationScan:
+    """Of a model of which one block is in memory at a time."""
 
     def tick(layer: int, done: int) -> None:
         step = layer * len(sequences) + done
@@ -105,29 +125,8 @@ def _stream_texts(
         context.check_cancelled()
 
     context.check_cancelled()
+    scan = ActivationScan(model.loaded)
     scan_blockwise(scan, model, sequences, job.batch_size, tick)
-    return scan
-
-
-def scan_texts(
-    loaded: LoadedModel,
-    job: ScanJob,
-    texts: list[str],
-    context: JobContext,
-    show_progress: bool = True,
-    parts: bool = True,
-) -> ActivationScan:
-    """Run texts through the model under the job's settings."""
-    sequences = _sequences(loaded, job, texts, context)
-    scan = ActivationScan(loaded, parts)
-
-    def tick(done: int) -> None:
-        if show_progress:
-            context.progress(done, len(sequences), f"{done} of {len(sequences)} texts")
-        context.check_cancelled()
-
-    context.check_cancelled()
-    scan.run(sequences, job.batch_size, tick)
     return scan
 
 
@@ -135,8 +134,9 @@ def find_first_outlier_layer(loaded: LoadedModel, rule: str, context: JobContext
     """What a rule says of a loaded model, on a short scan: eight passages of 128 tokens."""
     if loaded.model not in _short_scans:
         job = ScanJob(model=loaded.name, sequences=8, max_tokens=128)
-        texts = texts_of(job)
-        scan = scan_texts(loaded, job, texts, context, show_progress=False, parts=False)
+        sequences = _sequences(job, texts_of(job), loaded.tokenizer, loaded.context, context)
+        scan = ActivationScan(loaded, parts=False)
+        scan.run(sequences, job.batch_size, lambda _done: context.check_cancelled())
         _short_scans[loaded.model] = scan.layers()
     return first_outlier_layer(rule, _short_scans[loaded.model])
 

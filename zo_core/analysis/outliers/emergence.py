@@ -13,6 +13,7 @@ from zo_core.analysis.outliers.rule import (
     found,
     ill_defined,
     none,
+    short,
 )
 
 
@@ -26,7 +27,7 @@ def _emergence(tables: ScanTables, jump: float, ratio: float, persist: float) ->
     if not prominent:
         best = max(blocks, key=lambda k: r[k])
         return none(
-            f"top-1 is at most {r[best]:.0f} x the median (layer {best}); the rule asks for "
+            f"top-1 is at most {short(r[best])} x the median (layer {best}); the rule asks for "
             f"{ratio:g} x.",
             top1=top1[best],
             times_median=r[best],
@@ -40,9 +41,9 @@ def _emergence(tables: ScanTables, jump: float, ratio: float, persist: float) ->
         if _stays(top1, k, int(persist)):
             return found(
                 k,
-                f"top-1 is {top1[k]:.0f}, {r[k]:.0f} x the median of layer {k}; every earlier "
-                f"layer is at most {before:.0f} x, and it stays for the next {int(persist)} "
-                "layers.",
+                f"top-1 is {short(top1[k])}, {short(r[k])} x the median of layer {k}; every "
+                f"earlier layer is at most {short(before)} x, and it stays for the next "
+                f"{int(persist)} layers.",
                 top1=top1[k],
                 times_median=r[k],
                 times_median_before=before,
@@ -52,8 +53,8 @@ def _emergence(tables: ScanTables, jump: float, ratio: float, persist: float) ->
     if jumped:
         k = jumped[0]
         return ill_defined(
-            f"{passes}but what jumps at layer {k} does not last: of {top1[k]:.0f} less than half "
-            f"is left within the next {int(persist)} layers, or they do not exist.",
+            f"{passes}but what jumps at layer {k} does not last: of {short(top1[k])} less than "
+            f"half is left within the next {int(persist)} layers, or they do not exist.",
             top1=top1[k],
             times_median=r[k],
         )

@@ -2,7 +2,15 @@
 
 import pandas as pd
 
-from zo_core.analysis.outliers.rule import RuleSpec, ScanTables, Verdict, blocks_of, found, none
+from zo_core.analysis.outliers.rule import (
+    RuleSpec,
+    ScanTables,
+    Verdict,
+    blocks_of,
+    found,
+    none,
+    short,
+)
 
 AN = "An et al. 2025, Systematic Outliers in Large Language Models (arXiv 2502.06415)"
 
@@ -40,14 +48,14 @@ def _first(
     numbers = {"top1": float(top1), f"times_{base.split()[-1]}": float(times)}
     if not hit.any():
         return none(
-            f"layer {layer} comes closest with top-1 {top1:.0f}, {times:.0f} x {base}; the rule "
-            f"asks for {limit}.",
+            f"layer {layer} comes closest with top-1 {short(top1)}, {short(times)} x {base}; the "
+            f"rule asks for {limit}.",
             **numbers,
         )
     return found(
         layer,
-        f"top-1 is {top1:.0f}, {times:.0f} x {base} of layer {layer}; no earlier layer meets the "
-        "rule.",
+        f"top-1 is {short(top1)}, {short(times)} x {base} of layer {layer}; no earlier layer "
+        "meets the rule.",
         **numbers,
     )
 

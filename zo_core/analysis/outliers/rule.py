@@ -89,6 +89,11 @@ class RuleSpec:
     """Parameters that take only the values that the scan has counted."""
 
 
+def short(value: float) -> str:
+    """A magnitude in a sentence: 995, 87.9, 0.046."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def found(layer: int, reason: str, **numbers: float) -> Verdict:
     """The verdict that names a layer."""
     return Verdict(layer, reason, "found", numbers)
@@ -107,4 +112,4 @@ def ill_defined(reason: str, **numbers: float) -> Verdict:
 def blocks_of(table: pd.DataFrame, columns: tuple[str, ...] = ("median", "mean")) -> pd.DataFrame:
     """The blocks' rows in order, those without a finite magnitude above 0 left out."""
     usable = (table[list(columns)] > 0).all(axis=1) & (table["layer"] >= 0)
-    return table[usable].sort_values("layer")
+    return table[usable].sort_values("layer", ignore_index=True)
