@@ -22,11 +22,13 @@ from zo_core.jobs import (
     ForwardPath,
     Keep,
     LoadJob,
+    MechanismJob,
     Noise,
     PreviewJob,
     ProbeJob,
     ReplayJob,
     Rule,
+    Scaling,
     ScanJob,
     TextSource,
     TrackerName,
@@ -38,7 +40,7 @@ from zo_core.jobs import (
 from zo_core.scope_spec import FORMS, spell
 from zo_core.scope_spec import parse as parse_scope
 
-WITH_OPTIONS = ("scan", "probe", "tune", "preview")
+WITH_OPTIONS = ("scan", "mechanism", "probe", "tune", "preview")
 
 
 def sentence_for(fields: dict[str, Any]) -> str:
@@ -107,6 +109,14 @@ BAD: list[tuple[str, str, object, str]] = [
     ("probe", "layers", [], "0-based layer indices"),
     ("probe", "layers", [3, -1], "0-based layer indices"),
     ("probe", "layers", ["x"], "valid integer"),
+    ("probe", "batches", 0, "greater than or equal to 1"),
+    ("probe", "eps_sweep", [1e-3, 1e-2], "at least three different values"),
+    ("probe", "eps_sweep", [1e-3, 1e-2, 20.0], "between 1e-8 and 10"),
+    ("probe", "eps_sweep", "1e-3,x,1", "valid number"),
+    ("probe", "scalings", "count,size", "is not valid"),
+    ("mechanism", "channels", 0, "greater than or equal to 1"),
+    ("mechanism", "max_tokens", 3, "greater than or equal to 4"),
+    ("mechanism", "text", "book", "is not valid"),
     ("scan", "dtype", "int8", "'auto', 'float32', 'bfloat16' or 'float16'"),
     ("scan", "device", "gpu", "'auto', 'cpu' or 'cuda'"),
     ("scan", "device", "cuda:0", "'auto', 'cpu' or 'cuda'"),
@@ -253,11 +263,23 @@ JOBS: dict[str, st.SearchStrategy[BaseModel]] = {
         batch_size=small,
         bos=st.sampled_from(get_args(Bos)),
     ),
+    "mechanism": st.builds(
+        MechanismJob,
+        **model_fields,
+        text=st.sampled_from(get_args(TextSource)),
+        prompt=text.filter(lambda s: s.strip()),
+        sequences=small,
+        rule=st.sampled_from(get_args(Rule)),
+        channels=st.integers(1, 64),
+    ),
     "probe": st.builds(
         ProbeJob,
         **task_fields,
         draws=st.integers(1, 10_000),
         layers=st.none() | st.lists(st.integers(0, 200), min_size=1, max_size=9),
+        batches=st.integers(1, 64),
+        eps_sweep=st.just([]) | st.lists(st.floats(1e-8, 10), min_size=3, max_size=9, unique=True),
+        scalings=st.lists(st.sampled_from(get_args(Scaling))),
     ),
     "tune": st.builds(
         TuneJob,

@@ -149,7 +149,8 @@ def sinks(table: pd.DataFrame, first: int | None = None, selected: int | None = 
         showgrid=False,
         zeroline=False,
     )
-    return finish(figure, min(190 + 19 * len(layers), 820))
+    # Wide cells: wherever the pointer is, the nearest marker is meant.
+    return finish(figure, min(190 + 19 * len(layers), 820)).update_layout(hoverdistance=-1)
 
 
 def interventions(

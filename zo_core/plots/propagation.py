@@ -124,7 +124,8 @@ def propagation(
         showgrid=False,
         zeroline=False,
     )
-    return finish(figure, min(200 + 22 * len(layers), 760))
+    # Wide cells: wherever the pointer is, the nearest marker is meant.
+    return finish(figure, min(200 + 22 * len(layers), 760)).update_layout(hoverdistance=-1)
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
