@@ -179,36 +179,36 @@ def test_a_finished_comparison_shows_verdict_tables_and_downloads(cache: Path) -
     assert lines[4] == "[] []"
 
 
-@pytest.mark.parametrize(
-    ("state", "alive", "button", "words"),
-    [
-        ("running", True, "cancel_comparison", "7 of 27 cells done"),
-        ("running", False, "resume_comparison", "Interrupted after 7 of 27 cells"),
-        ("cancelled", False, "resume_comparison", "Cancelled after 7 of 27 cells"),
-        ("failed", False, "resume_comparison", ""),
-    ],
-)
-def test_states(cache: Path, state: State, alive: bool, button: str, words: str) -> None:
+STATES: list[tuple[State, bool, str, str]] = [
+    ("running", True, "cancel_comparison", "7 of 27 cells done"),
+    ("running", False, "resume_comparison", "Interrupted after 7 of 27 cells"),
+    ("cancelled", False, "resume_comparison", "Cancelled after 7 of 27 cells"),
+    ("failed", False, "resume_comparison", "The disk is full."),
+]
+
+
+def test_states(cache: Path) -> None:
+    """What each state says and offers; an unknown one is a sentence."""
     gone = Process(Process.current().host, 2**22 + 1, 0.0)
-    made = folder(measured(), state, Process.current() if alive else gone)
+    made = [
+        folder(measured(), state, Process.current() if alive else gone)
+        for state, alive, _, _ in STATES
+    ]
+    made[3].update(replace(made[3].status(), error="The disk is full."))
+    names = [c.comparison_id for c in made]
     code = f"""{OPEN}
-    app = open_page(comparison={made.comparison_id!r})
-    print([e.key for e in app.button])
-    print(texts(app.warning), [p.proto.text for p in app.get("progress")])
+    for name in [*{names!r}, "../../etc"]:
+        app = open_page(comparison=name)
+        shown = [p.proto.text for p in app.get("progress")]
+        print([e.key for e in app.button], texts(app.warning), texts(app.error), shown)
     print([*app.exception])
     """
     lines = run_python(code, cache).replace("\\", "").strip().splitlines()
-    assert button in lines[0]
-    assert words in lines[1]
-    assert lines[2] == "[]"
-
-
-def test_an_unknown_comparison_is_a_sentence(cache: Path) -> None:
-    code = f"""{OPEN}
-    app = open_page(comparison="../../etc")
-    print(texts(app.error), [*app.exception])
-    """
-    assert "There is no comparison ../../etc" in run_python(code, cache)
+    for (_, _, button, words), line in zip(STATES, lines, strict=False):
+        assert button in line
+        assert words in line
+    assert "There is no comparison ../../etc" in lines[4]
+    assert lines[5] == "[]"
 
 
 def test_cells_are_safe_html_and_know_when_nobody_runs_them(cache: Path) -> None:
