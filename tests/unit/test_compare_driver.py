@@ -81,7 +81,7 @@ class _Engine:
                 "before": {"accuracy": 0.5, "loss": 1.0},
                 "after": {"accuracy": good, "loss": -good},
                 "resolved_scope": job.scope,
-                "layer": None,
+                "layer": int(job.scope[6:]) if job.scope[6:].isdigit() else None,
                 "steps_per_second": 1.0,
                 "tuned_parameters": 7,
                 "forward_passes": 2 * job.steps,
@@ -300,7 +300,7 @@ def test_scan_and_probe_are_cells_whose_results_stand_beside_the_gains(play: Any
     assert [row["layer"] for row in facts["activation"]] == list(range(5)), "no embeddings"
     assert [row["mean"] for row in facts["sensitivity"]] == [1, 2, 9, 3, 4]
     found = {(row["a"], row["b"]): row["rho"] for row in facts["correlations"]}
-    assert found["outlier", "sensitivity"] == pytest.approx(0.6)
+    assert found["outlier", "sensitivity"] == pytest.approx(0.7)  # 1 - 6 (4 + 1 + 1) / (5 * 24)
     assert {c["key"] for c in facts["claims"]} == {"b", "c"}
     assert play(lambda job, n: "failed").jobs == []
 
