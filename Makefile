@@ -7,7 +7,8 @@ run: .venv/ready  ## Start the app on the bundled model at http://127.0.0.1:8501
 	$(BIN)/python -m zo_core app
 
 test: .venv/ready-dev  ## All tests; browser tests need chromium, GPU tests a GPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 tests/unit
+	$(BIN)/python -m pytest tests/integration tests/e2e
 
 lint: .venv/ready-dev  ## Style and types
 	$(BIN)/ruff format --check .

@@ -14,6 +14,8 @@ CANCEL_GRACE = 3.0
 # Read when torch is imported, which tests/unit/conftest.py does before pytest_configure is called:
 # threads that spin while they wait make torch many times slower on cores that others use too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: a thread each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
