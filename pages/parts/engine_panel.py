@@ -2,8 +2,8 @@
 
 import streamlit as st
 
-from pages.parts import history
-from pages.parts.routes import PAGE_OF_KIND
+from pages.parts import comparisons, history
+from pages.parts.routes import PAGE_OF_KIND, PAGES
 from pages.parts.words import count, plain, shorten, size
 from zo_core import backend
 
@@ -29,7 +29,7 @@ def engine_panel() -> None:
 
 
 def _busy() -> bool:
-    return backend.engine_status()[0] == "starting" or bool(history.live())
+    return backend.engine_status()[0] == "starting" or bool(history.live() or comparisons.live())
 
 
 def _draw() -> None:
@@ -41,9 +41,17 @@ def _draw() -> None:
             st.error(sentence)
         for worker in backend.workers():
             _worker(worker)
-        jobs = history.live()
-        if jobs:
+        jobs, at_work = history.live(), comparisons.live()
+        if jobs or at_work:
             st.markdown("**Jobs**")
+        for comparison, status in at_work:
+            st.page_link(
+                PAGES["compare"],
+                label=f"Comparison · {comparisons.progress(status) or status.state}",
+                icon=":material/balance:",
+                query_params={"comparison": comparison.comparison_id},
+                help=plain(comparisons.title(comparison)),
+            )
         for entry in jobs:
             _job(entry)
 

@@ -49,7 +49,7 @@ def done(command: CommandLine) -> set[str]:
 
 
 def test_interrupted_half_way_and_resumed_it_repeats_nothing(
-    alone: CommandLine, tmp_path: Path
+    alone: CommandLine, cli: CommandLine, tmp_path: Path
 ) -> None:
     file, out = tmp_path / "spec.yaml", tmp_path / "out"
     file.write_text(SPEC)
@@ -92,18 +92,39 @@ def test_interrupted_half_way_and_resumed_it_repeats_nothing(
     assert again["cells"] == answer["cells"]
     assert len(alone.ids()) == 4
 
+    whole = cli("compare", file, "--json").expect(0).json
+    compared = ("task", "arm", "n", "mean", "sd", "difference", "p", "note")
+    assert [[row[name] for name in compared] for row in whole["arms"]] == [
+        [row[name] for name in compared] for row in answer["arms"]
+    ], "the table of one that nobody interrupted"
+    losses = [[cell["loss"] for cell in one["cells"] if cell["loss"]] for one in (whole, answer)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4), "threads differ"
+
+    report = tmp_path / "report.html"
+    alone("compare", "--report", name, "--out", report).expect(0)
+    page = report.read_text()
+    assert f"Comparison {name}, done. 4 of 4 cells done" in page
+    assert "Plotly.newPlot" in page
+    assert '"state":"done"' in alone("compare", "--cancel", name, "--json").expect(0).out.replace(
+        ": ", ":"
+    )
+
 
 BAD_INPUT = [
     ((), "Name a preset (quick, paper, falsify, layers, scopes) or a YAML file"),
     (("quickly",), "'quickly' is no preset and no file"),
     (("quick", "--seeds", "0,x"), "seeds is 'x': input should be a valid integer"),
     (("quick", "--steps", 0), "steps is '0': input should be greater than or equal to 1"),
+    (("quick", "--task", "sst2", "--data-dir", "/no"), "/no has no sst2/train.jsonl"),
     (("quick", "--task", "sst3"), "'sst3' is unknown: choose one of reviews, sst2"),
     (("quick", "--set", "batch_size"), "write --set batch_size=4"),
     (("quick", "--set", "colour=red"), "colour is not a field"),
     (("quick", "--set", "alpha=2"), "alpha is '2': input should be less than 0.5"),
     (("--resume", "nothing"), "No comparison 'nothing'"),
     (("quick", "--resume", "x", "--seeds", "1"), "leave out quick, seeds"),
+    (("--cancel", "nothing"), "No comparison 'nothing'"),
+    (("--report", "nothing", "--out", "/tmp"), "No comparison 'nothing'"),
+    (("quick", "--cancel", "x"), "--cancel ID stands alone"),
     (("layers", "--model", "/nowhere/at/all"), "no folder '/nowhere/at/all' here"),
 ]
 

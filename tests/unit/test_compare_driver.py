@@ -8,6 +8,7 @@ from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from zo_core import runs
@@ -18,9 +19,9 @@ from zo_core.compare.spec import CompareSpec
 from zo_core.compare.store import Comparison
 from zo_core.compare.tables import as_dict
 from zo_core.errors import NOT_FINITE, UserError
-from zo_core.export import json_bytes
+from zo_core.export import json_bytes, parquet_bytes
 from zo_core.jobs import TuneJob
-from zo_core.runs import Run
+from zo_core.runs import Process, Run
 from zo_core.settings import settings
 
 GRID = [0.1, 0.2, 0.3]
@@ -57,12 +58,19 @@ class _Engine:
         self._end(run, "done")
         return run
 
+    def begin_again(self, run_id: str, state: str) -> Run:
+        """A resumed run that ends so."""
+        self._end(runs.get(run_id), state)
+        return runs.get(run_id)
+
     def cancel(self, run_id: str) -> None:
         runs.get(run_id).update(state="cancelled")
 
     def _end(self, run: Run, state: str) -> None:
         job = run.job
-        if state == "running":
+        if job.kind != "tune" and state == "done":
+            self._profile(run)
+        elif state == "running":
             run.beat()
             run.update(state="running", step=1, total=job.steps)
         elif state == "done":
@@ -73,17 +81,30 @@ class _Engine:
                 "before": {"accuracy": 0.5, "loss": 1.0},
                 "after": {"accuracy": good, "loss": -good},
                 "resolved_scope": job.scope,
-                "layer": None,
+                "layer": int(job.scope[6:]) if job.scope[6:].isdigit() else None,
                 "steps_per_second": 1.0,
                 "tuned_parameters": 7,
                 "forward_passes": 2 * job.steps,
             }
             run.write_result("summary.json", json.dumps(summary))
-            run.update(state="done", details={"dominant_layer": 3})
+            asked = {"dominant_layer": 3} if "auto" in job.scope else {}
+            run.update(state="done", details=asked)
+        elif state == "interrupted":
+            run.update(state="interrupted", step=1, total=job.steps)
         elif state == "diverged":
             run.update(state="failed", error=f"{NOT_FINITE} at step 2: lower lr or eps.")
         else:
             run.update(state="failed", error="The GPU is on fire.")
+
+    def _profile(self, run: Run) -> None:
+        """Layer 1 has the first outlier, layer 2 is felt most."""
+        layers = pd.DataFrame({"layer": range(-1, 5), "top1": [1.0, 2, 90, 91, 92, 93]})
+        if run.job.kind == "probe":
+            layers = pd.DataFrame({"layer": range(5), "mean": [1.0, 2, 9, 3, 4], "sd": 0.1})
+            layers = layers.assign(se=0.05, n=4, metric="abs_projected_gradient")
+        run.write_result("layers.parquet", parquet_bytes(layers.assign(median=1.0)))
+        run.write_result("summary.json", json.dumps({"first_outlier_layer": {"emergence": 1}}))
+        run.update(state="done")
 
 
 @pytest.fixture
@@ -264,6 +285,75 @@ def test_tables(play: Any) -> None:
     assert "| reviews | full | 0.2 | 3 | 99.00 | 1.00 |" in text
     assert "python -m zo_core compare spec.json" in text
     assert "scipy" in text
+
+
+def test_scan_and_probe_are_cells_whose_results_stand_beside_the_gains(play: Any) -> None:
+    """Numbered layers ask no rule: the scan names the dominant one."""
+    engine = play(lambda job, n: "done")
+    arms = [{"name": f"layer:{k}", "scope": f"layer:{k}", "lr": 0.1 + 0.02 * k} for k in range(5)]
+    made = comparison(arms=arms, baseline="layer:0")
+    assert run_comparison(made, quiet)
+    assert sorted(j.kind for j in engine.jobs) == ["probe", "scan", *["tune"] * 10]
+    facts = made.read_json("table.json")
+    assert facts is not None
+    assert facts["dominant"] == 1
+    assert [row["layer"] for row in facts["activation"]] == list(range(5)), "no embeddings"
+    assert [row["mean"] for row in facts["sensitivity"]] == [1, 2, 9, 3, 4]
+    found = {(row["a"], row["b"]): row["rho"] for row in facts["correlations"]}
+    assert found["outlier", "sensitivity"] == pytest.approx(0.7)  # 1 - 6 (4 + 1 + 1) / (5 * 24)
+    assert {c["key"] for c in facts["claims"]} == {"b", "c"}
+    assert play(lambda job, n: "failed").jobs == []
+
+
+def test_what_readers_see_while_it_runs_and_after(play: Any) -> None:
+    play(lambda job, n: "running" if job.seed == 1 else "diverged" if job.lr == 0.3 else "done")
+    made, stop = comparison(lr_extensions=0), Event()
+    live = []
+
+    def look(now: Snapshot) -> None:
+        live.append((made.status(), made.read_json("progress.json")))
+        if now.done == 4 and now.running == 2:
+            stop.set()
+
+    assert not run_comparison(made, look, stop)
+    status, progress = live[0]
+    assert (status.state, status.total) == ("running", 7)
+    assert [c["state"] for c in progress["search"]].count("running") == 2
+    assert {c["state"] for c in progress["final"]} == {"waiting"}, "of the arm with one rate"
+
+    status, progress = made.status(), made.read_json("progress.json")
+    assert progress is not None
+    assert (status.state, status.done, status.failed, status.running) == ("cancelled", 4, 1, 0)
+    states = {(c["arm"], c["seed"]): c["state"] for c in progress["final"]}
+    assert states == {
+        ("full", 0): "done",
+        ("full", 1): "waiting",
+        ("one", 0): "done",
+        ("one", 1): "waiting",
+    }
+    assert [(c["arm"], c["lr"]) for c in progress["choices"]] == [("full", 0.2), ("one", 0.2)]
+    made.update(replace(status, state="running"))
+    assert made.status().state == "running", "this process lives"
+    made.update(replace(status, state="running", process=Process("elsewhere", 1, 0.0)))
+    assert made.status().state == "running", "and that one may"
+    (made.path / "status.json").unlink()
+    assert made.status().state == "interrupted"
+
+
+def test_an_engine_that_ends_under_it_costs_no_try(play: Any) -> None:
+    """Interrupted runs are resumed, more often than failed ones are tried."""
+    engine = play(lambda job, n: "interrupted")
+    ends = iter(["interrupted", "interrupted", "done"] * 10)
+    engine.resume = lambda run_id: (
+        engine.resumed.append(run_id) or engine.begin_again(run_id, next(ends))
+    )
+    play_again = driver.backend
+    play_again.resume = engine.resume
+    made = comparison(arms=[{"name": "one", "scope": "layer:auto", "lr": 0.2}])
+    assert run_comparison(made, quiet)
+    assert set(states(made).values()) == {"done"}
+    assert len(engine.jobs) == 2
+    assert len(engine.resumed) == 6
 
 
 def test_unknown_ids(play: Any) -> None:

@@ -1,5 +1,6 @@
 """The measurements of a comparison, unit by unit, read from its runs."""
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -211,8 +212,9 @@ def parse_form(arm: Arm) -> str:
 def provenance_of(results: Results) -> dict[str, Any]:
     """Versions and hardware, from the first finished run."""
     for m in results.measurements:
-        if m.state == "done":
-            facts = runs.get(m.run_id).result_json("provenance.json")
-            if facts:
-                return facts
+        if m.state == DONE:
+            with suppress(runs.RunNotFoundError):  # deleted since
+                facts = runs.get(m.run_id).result_json("provenance.json")
+                if facts:
+                    return facts
     return {}

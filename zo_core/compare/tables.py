@@ -1,5 +1,6 @@
 """The tables of a comparison: one row an arm and task, one row a cell, and the verdict."""
 
+import json
 import platform
 from dataclasses import asdict
 from importlib.metadata import version
@@ -24,6 +25,7 @@ from zo_core.compare.stats import Paired, compare, holm, summarise
 from zo_core.compare.store import Comparison
 from zo_core.compare.verdict import verdict
 from zo_core.export import csv_bytes, json_bytes, parquet_bytes
+from zo_core.runs import to_json
 
 SEARCH = ["task", "arm", "lr", "dev_loss", "chosen", "added", "forward_passes"]
 
@@ -186,4 +188,5 @@ def write_tables(comparison: Comparison, facts: dict[str, Any]) -> None:
     for name in ("table", "measurements"):
         comparison.write(f"{name}.parquet", parquet_bytes(tables[name]))
     comparison.write("table.md", markdown(facts))
-    comparison.write("table.json", json_bytes(facts))
+    strict: dict[str, Any] = json.loads(to_json(facts))  # NaN becomes null
+    comparison.write("table.json", json_bytes(strict))
