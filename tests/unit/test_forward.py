@@ -21,6 +21,7 @@ from zo_core.models.load import LoadedModel, load
 from zo_core.tasks.scoring import candidate_scores, task_loss
 from zo_core.tasks.templates import Candidate, Example
 from zo_core.zo.forward import FastForward, ReferenceForward
+from zo_core.zo.graphs import GraphedForward, Row
 from zo_core.zo.packing import pack
 from zo_core.zo.path import choose_forward
 from zo_core.zo.scope import Draw, Point, TunedScope, scope_parameters
@@ -112,6 +113,25 @@ def test_buckets_change_nothing(tiny: LoadedModel, batch: list[Example]) -> None
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     finally:
         scope.close()
+
+
+def test_a_full_bucket_reads_its_own_tokens_only() -> None:
+    """Sixteen tokens leave no room in a bucket of sixteen; what pads its keys must exist."""
+    start = tuple(range(8))
+    group = [(*start, 8, 9, 10, 11), (*start, 12, 13, 14, 15)]
+    ids, positions, packing, _ = pack([group], torch.device("cpu"))
+    assert packing.tokens == 16
+    read = []
+
+    def run(row: Row) -> torch.Tensor:
+        read.append(row.packing.key_index)
+        return torch.zeros(row.ids.shape[1], 1)
+
+    graphed = GraphedForward(run, torch.device("cpu"), 4, torch.float32)
+    graphed.capture = False
+    graphed(ids, positions, torch.arange(16), None, packing, copies=2)
+    assert len(read[0]) > 2 * sum(packing.key_lengths), "nothing pads the keys: no test"
+    assert read[0].max() < 32
 
 
 def test_points_side_by_side_equal_one_at_a_time(tiny: LoadedModel) -> None:

@@ -7,7 +7,9 @@ nothing else sees and nobody scores. Graph or not, the kernels and their shapes 
 so are the bits.
 """
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -258,7 +260,9 @@ class GraphedForward:
         slots.packing.query_borders.copy_(both[0])
         slots.packing.key_borders.copy_(both[1])
         if bucket.shared:
-            found = torch.full((bucket.keys,), tokens, dtype=torch.int64)
+            # What no segment reads must be a token all the same; a full bucket has none to spare.
+            spare = min(tokens, bucket.tokens - 1)
+            found = torch.full((bucket.keys,), spare, dtype=torch.int64)
             known = [k for keys in packing.keys for k in keys]
             found[: len(known)] = torch.tensor(known)
             index = upload(found, self._device)
@@ -276,6 +280,7 @@ class GraphedForward:
         try:
             # Leaving a capture that failed raises before it goes back to this stream.
             with (
+                _no_garbage_collection(),
                 torch.cuda.stream(torch.cuda.current_stream(self._device)),
                 # Of this thread only: the worker's own asks for free memory meanwhile, which would
                 # end it.
@@ -292,6 +297,18 @@ class GraphedForward:
             # Whatever the broken capture complains of: this is why it broke.
             raise torch.OutOfMemoryError(full[0]) from error
         slots.graph = graph
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Keep garbage until later: freeing what an earlier run left on the device ends a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _fill_padding(padding: PaddedIndex, bucket: Bucket, packing: Packing) -> None:
