@@ -93,7 +93,7 @@ def tune_need(choice: Choice, values: dict) -> Tuning | None:
     return tuning(
         info,
         "float32" if job.precision == "fp32" else dtype_of(choice),
-        tuned_values(info, spec),
+        tuned_values(info, spec.form, len(spec.layers)),
         rows=job.batch_size,
         tokens=min(TYPICAL_TOKENS, info.context or TYPICAL_TOKENS),
         optimizer=job.optimizer,

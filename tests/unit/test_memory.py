@@ -97,7 +97,7 @@ def test_what_a_run_holds(loaded: LoadedModel, fields: dict[str, Any]) -> None:
         wanted = tuning(
             loaded.info,
             loaded.dtype_name,
-            tuned_values(loaded.info, spec),
+            tuned_values(loaded.info, spec.form, len(spec.layers)),
             rows=ROWS,
             tokens=TOKENS,
             optimizer=job.optimizer,

@@ -7,7 +7,6 @@ forward pass needs a few activations, a scan or probe also a few vocabulary-wide
 from dataclasses import dataclass, fields
 
 from zo_core.models.catalog import BYTES_PER_VALUE, ModelInfo
-from zo_core.scope_spec import ScopeSpec
 
 FP32 = 4
 NOISE_BOUND = 64_000_000
@@ -89,18 +88,23 @@ class MemoryEstimate:
     tune_full: int
 
 
-def tuned_values(info: ModelInfo, spec: ScopeSpec) -> int:
-    """Values in the tensors that a scope tunes; for parts of a layer, those of the whole layer."""
-    if spec.form == "lora":  # q and v, in and out; peft's default targets of most families
-        layers = len(spec.layers) or info.n_layers
-        return layers * 2 * LORA_RANK * 2 * info.hidden_size
-    if spec.form == "prefix":
+def tuned_values(info: ModelInfo, form: str, layers: int) -> int:
+    """Values in the tensors that a scope tunes; for parts of a layer, those of the whole layer.
+
+    Args:
+        info: the model.
+        form: the scope's form, see :mod:`zo_core.scope_spec`.
+        layers: how many layers it names.
+    """
+    if form == "lora":  # q and v, in and out; peft's default targets of most families
+        return (layers or info.n_layers) * 2 * LORA_RANK * 2 * info.hidden_size
+    if form == "prefix":
         return info.n_layers * 2 * PREFIX_LENGTH * info.hidden_size
-    if spec.form in {"full", "sparse"}:
+    if form in {"full", "sparse"}:
         return info.parameters
-    if spec.form == "all-but":
+    if form == "all-but":
         return info.parameters - info.layer_parameters
-    return max(1, len(spec.layers)) * info.layer_parameters
+    return max(1, layers) * info.layer_parameters
 
 
 def tuning(

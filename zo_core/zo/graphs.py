@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from zo_core.zo.packing import FLASH, Borders, Packing, PaddedIndex, upload
+from zo_core.zo.packing import FLASH, Borders, Packing, upload
+from zo_core.zo.padding import PaddedIndex
 
 FINEST = 16
 """Tokens are rounded up to a multiple of this."""

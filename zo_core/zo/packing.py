@@ -19,6 +19,8 @@ from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
+from zo_core.zo.padding import Padding, places_of, seen_keys
+
 NAME = "zoscope_packed"
 FLASH = (torch.bfloat16, torch.float16)
 """What flash attention over segments takes; the rest runs padded (also with capped scores)."""
@@ -118,59 +120,13 @@ class Packing:
         """
         if not self.shared and (not window or window >= max(self.key_lengths)):
             return None
-        return _seen(*self.places, window)
+        return seen_keys(*self.places, window)
 
     def repeated(self, times: int) -> "Packing":
         """The same segments several times over, one copy behind the other."""
         offsets = [copy * self.tokens for copy in range(times)]
         keys = tuple(tuple(k + offset for k in keys) for offset in offsets for keys in self.keys)
         return Packing(self.device, self.query_lengths * times, keys)
-
-
-def places_of(
-    lengths: torch.Tensor, longest_query: int, longest_key: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places of padded queries [S, Lq, 1] and keys [S, 1, Lk]; see :attr:`Packing.places`.
-
-    Args:
-        lengths: int64 [2, S], queries and keys of each segment.
-        longest_query: Lq.
-        longest_key: Lk.
-    """
-    first = lengths[1] - lengths[0]
-    queries = first[:, None] + torch.arange(longest_query, device=lengths.device)
-    keys = torch.arange(longest_key, device=lengths.device).expand(len(first), -1)
-    return queries[:, :, None], keys.masked_fill(keys >= lengths[1, :, None], -1)[:, None]
-
-
-def _seen(queries: torch.Tensor, keys: torch.Tensor, window: int) -> torch.Tensor:
-    """Which keys, bool [S, 1, Lq, Lk], a query sees, by :func:`places_of`; 0: no window."""
-    seen = (keys <= queries) & (keys >= 0)
-    if window:
-        seen &= keys > queries - window
-    return seen[:, None]
-
-
-@dataclass(slots=True)
-class PaddedIndex:
-    """The padded layout of a packing in tensors that stay where they are."""
-
-    lengths: torch.Tensor
-    """int64 [2, S]: queries and keys of each segment."""
-    padded_queries: torch.Tensor
-    """See :class:`Packing`."""
-    padded_keys: torch.Tensor
-    """See :class:`Packing`."""
-    unpad: torch.Tensor
-    """See :class:`Packing`."""
-    shared: bool
-
-    def visible(self, window: int) -> torch.Tensor | None:
-        """See :meth:`Packing.visible`."""
-        if not self.shared and not window:
-            return None
-        longest = self.padded_queries.shape[1], self.padded_keys.shape[1]
-        return _seen(*places_of(self.lengths, *longest), window)
 
 
 def pack(
@@ -233,19 +189,7 @@ class Borders(Protocol):
     @property
     def key_index(self) -> torch.Tensor: ...  # noqa: D102
     @property
-    def padding(self) -> "Padding": ...  # noqa: D102
-
-
-class Padding(Protocol):
-    """What attention without flash needs to know of a packing."""
-
-    @property
-    def padded_queries(self) -> torch.Tensor: ...  # noqa: D102
-    @property
-    def padded_keys(self) -> torch.Tensor: ...  # noqa: D102
-    @property
-    def unpad(self) -> torch.Tensor: ...  # noqa: D102
-    def visible(self, window: int) -> torch.Tensor | None: ...  # noqa: D102
+    def padding(self) -> Padding: ...  # noqa: D102
 
 
 def _current() -> Borders:
