@@ -159,7 +159,7 @@ class BlockObserver:
         assert self._parts is not None
         assert self.batch is not None
         states = args[0]
-        if not self._whole(states):
+        if not self._whole(states) or not isinstance(output, torch.Tensor):
             return
         if self._seen is None or self._seen[0] is not states:
             self._seen = (states, squares_by_channel(self.batch.real(states)))
