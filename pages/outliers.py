@@ -38,10 +38,11 @@ def choose_other(scan: Scan) -> Scan | None:
         else:
             st.query_params["with"] = chosen
 
+    labels = history.labels(others.values())
     chosen = st.selectbox(
         "Compare with",
         ["", *others],
-        format_func=lambda r: others[r].label if r else "no other scan",
+        format_func=lambda r: labels[r] if r else "no other scan",
         key="compare_with",
         on_change=remember,
         help="Two models, or one model on two texts, side by side on one scale",

@@ -1,5 +1,7 @@
 """The runs as pages list them: spec, status and summary of each, read once after it has ended."""
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +138,19 @@ def live() -> list[Entry]:
     """Running, then queued jobs of every kind, oldest first."""
     found = [entry for entry in reversed(entries(ALL_KINDS)) if entry.status.live]
     return sorted(found, key=lambda entry: entry.status.state == "queued")
+
+
+def labels(listed: Iterable[Entry]) -> dict[str, str]:
+    """A label for each run id; where two would be the same, the end of the id tells them apart.
+
+    A list box gives back the label that was chosen, so equal labels would be one run.
+    """
+    found = {entry.run_id: entry.label for entry in listed}
+    seen = Counter(found.values())
+    return {
+        run_id: f"{label} · {run_id[-6:]}" if seen[label] > 1 else label
+        for run_id, label in found.items()
+    }
 
 
 def ahead(entry: Entry) -> int:

@@ -63,10 +63,11 @@ def pick(kind: str, choice: Choice) -> history.Entry | None:
     if len(listed) > 1:
         key = f"{kind}_run"
         st.session_state[key] = entry.run_id
+        labels = history.labels(listed.values())
         st.selectbox(
             KIND_TITLES[kind],
             list(listed),
-            format_func=lambda run_id: listed[run_id].label,
+            format_func=labels.get,
             key=key,
             on_change=lambda: st.query_params.update(run=st.session_state[key]),
         )

@@ -114,6 +114,9 @@ def test_gradual_growth_is_ill_defined(layers: int, growth: float) -> None:
     verdict = first_outlier_layer("emergence", table(top1, embedding=90.0))
     assert verdict.layer is None
     assert verdict.reason.startswith("Ill-defined")
+    assert verdict.state == "ill-defined"
+    assert "grows gradually" in verdict.reason
+    assert verdict.numbers["largest_step"] == pytest.approx(growth)
     first = next(k for k, value in enumerate(top1) if value >= EMERGENCE["ratio"])
     assert f"at layer {first}," in verdict.reason
 

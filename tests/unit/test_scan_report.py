@@ -91,14 +91,24 @@ def test_report_of_what_is_no_finished_scan_is_a_sentence(store: Path, scan: Run
         scan_report(live)
 
 
-def test_report_of_a_scan_of_an_earlier_version(store: Path, scan: Run) -> None:
-    """It has layers, channels without counts, and tokens: a report of those."""
-    old = runs.create(scan.job, None)
-    old.update(state="done")
-    for name in ("layers", "tokens"):
-        old.write_result(f"{name}.parquet", scan.result(f"{name}.parquet").read_bytes())
+@pytest.fixture(scope="module")
+def old(scan: Run) -> Run:
+    """A scan of an earlier version: layers without quantiles, channels without counts, tokens."""
+    run = runs.create(scan.job, None)
+    run.update(state="done")
+    layers = pd.read_parquet(scan.result("layers.parquet"))
+    since = [
+        c for c in layers if c.startswith(("q", "above", "kurt", "rms", "count", "nonfinite_"))
+    ]
+    run.write_result("layers.parquet", layers.drop(columns=since).to_parquet())
+    run.write_result("tokens.parquet", scan.result("tokens.parquet").read_bytes())
     channels = pd.read_parquet(scan.result("channels.parquet")).drop(columns="tokens6")
-    old.write_result("channels.parquet", channels.to_parquet())
+    run.write_result("channels.parquet", channels.to_parquet())
+    return run
+
+
+def test_report_of_a_scan_of_an_earlier_version(old: Run) -> None:
+    """It has layers, channels without counts, and tokens: a report of those."""
     page = scan_report(old).decode()
     assert "The emergence rule names layer 3." in page
     assert "scan again" in page
@@ -283,7 +293,7 @@ def test_a_scan_of_a_known_model_says_what_was_published(
 # -- the page ------------------------------------------------------------------------------------
 
 
-def test_page_moves_thresholds_and_compares(store: Path, scan: Run) -> None:
+def test_page_moves_thresholds_and_compares(store: Path, scan: Run, old: Run) -> None:
     """One session: a threshold of one rule is kept while another is looked at; two scans."""
     other = finished_scan(text="prompt", prompt="The harbour was quiet in the morning.")
     code = f"""
@@ -307,6 +317,9 @@ def test_page_moves_thresholds_and_compares(store: Path, scan: Run) -> None:
         app.segmented_control(key="outlier_part").set_value("down_input").run()
         app.selectbox(key="compare_with").set_value({other.run_id!r}).run()
         print(list(table().columns)[:3], len(app.get("plotly_chart")))
+        app.selectbox(key="scan_run").set_value({old.run_id!r}).run()
+        app.selectbox(key="outlier_rule").set_value("int8").run()
+        print(app.header[0].value, list(table()["layer"]).count("not in this scan"))
         assert not app.exception, app.exception
     """
     lines = run_python(code, store).strip().splitlines()
@@ -318,3 +331,4 @@ def test_page_moves_thresholds_and_compares(store: Path, scan: Run) -> None:
     assert "has the largest weight" in lines[5]
     # Rules, and twice: profile, kurtosis, channels and tokens; and the layer weights.
     assert lines[6] == "['layer', 'other', 'agree'] 10"
+    assert lines[7] == "This scan cannot tell 4"

@@ -10,11 +10,12 @@ def _int8(tables: ScanTables, layers: float, positions: float) -> Verdict:
     channels = tables.channels
     assert channels is not None
     channels = channels[channels["layer"] >= 0]
+    channels = channels.assign(reaches=channels["magnitude"] >= MAGNITUDE)
     n_layers, n_channels = channels["layer"].nunique(), channels["channel"].nunique()
     table = tables.layers[tables.layers["layer"] >= 0].set_index("layer")
     tokens = (table["count"] + table["nonfinite"]) / n_channels
     counts = channels.groupby("channel")
-    seen = counts["magnitude"].agg(lambda m: (m >= MAGNITUDE).sum()) / n_layers
+    seen = counts["reaches"].sum() / n_layers
     share = counts["tokens6"].sum() / tokens.sum()
     hit = (seen >= layers) & (share >= positions)
     best = int(share.where(hit, -1.0 if hit.any() else share).idxmax())
