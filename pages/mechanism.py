@@ -171,7 +171,8 @@ def results(entry: history.Entry) -> None:
             f"{sinks['uniform'].iloc[0]:.1%}."
         )
     elif sinks is not None:
-        st.caption("The attention of this family does not return its weights.")
+        reason = entry.summary.get("sinks") or "no attention weights were found"
+        st.caption(plain(f"No attention sinks: {reason}."))
     elif entry.status.live:
         st.caption("Attention weights follow.")
 

@@ -89,6 +89,9 @@ def test_probe_with_every_further_analysis(page: Page, app: App, tmp_path: Path)
     table = pd.read_csv(download(page, "download_propagation", tmp_path))
     own = table[table["layer"] == table["block"]]
     assert (own["amplification"] == 1).all()
-    key(page, "probe_scaling").get_by_role("button", name="same own change").click()
+    key(page, "probe_scaling").get_by_text("same own change").click()
     settled(page)
+    expect(key(page, "probe_scaling").get_by_role("radio", checked=True)).to_have_accessible_name(
+        "same own change"
+    )
     assert page.locator('[data-testid="stException"]').count() == 0

@@ -11,7 +11,7 @@ from zo_core.analysis.interventions import INTERVENTIONS, intervene
 from zo_core.analysis.mechanism import find_sites, massive_tokens, trace, without_neurons
 from zo_core.analysis.outliers import first_outlier_layer
 from zo_core.analysis.recording import Recording
-from zo_core.analysis.sinks import sink_shares
+from zo_core.analysis.sinks import sink_shares, without_sinks
 from zo_core.jobs import MechanismJob
 from zo_core.models import resident
 from zo_core.progress import JobContext
@@ -57,8 +57,9 @@ def run_mechanism(job: MechanismJob, run: Run, context: JobContext) -> None:
     anywhere = [torch.stack(marked).any(0) for marked in zip(*places, strict=True)]
     sinks = sink_shares(recording, anywhere, lambda: tick("attention weights"))
     _write(run, "sinks", sinks)
-    if sinks.empty:
-        context.log("no attention weights: this family's attention does not return any")
+    no_sinks = without_sinks(recording, anywhere) if sinks.empty else ""
+    if no_sinks:
+        context.log(f"no attention sinks: {no_sinks}")
     base, table = intervene(recording, sites, lambda layer: tick(f"interventions, layer {layer}"))
     _write(run, "interventions", table)
 
@@ -77,6 +78,7 @@ def run_mechanism(job: MechanismJob, run: Run, context: JobContext) -> None:
         "writer": _part(first, "writer"),
         "remover": _part(first, "remover"),
         "neurons": without_neurons(loaded),
+        "sinks": no_sinks,
         "massive_tokens": int(sum(int(m.sum()) for m in anywhere)),
         "sink_share": None if sinks.empty else float(sinks["share"].max()),
         "loss": base,
