@@ -13,12 +13,13 @@ from tests.unit import planted as planted_families
 from tests.unit.families import HIDDEN, LAYERS, UNIT, Plant
 from zo_core import runs
 from zo_core.analysis.interventions import intervene, ordinary_channels, text_loss
-from zo_core.analysis.mechanism import find_sites, massive_tokens, trace, without_neurons
+from zo_core.analysis.mechanism import find_sites, massive_tokens, trace
 from zo_core.analysis.recording import Recording
 from zo_core.analysis.sinks import sink_shares, without_sinks
 from zo_core.jobs import MechanismJob, ModelFields
 from zo_core.models.decoder import find_decoder, hidden_of
 from zo_core.models.load import LoadedModel, load
+from zo_core.models.parts import find_parts
 from zo_core.progress import JobContext
 from zo_core.recipes.mechanism import run_mechanism
 from zo_core.runs import Process
@@ -129,9 +130,20 @@ def test_every_family_can_be_looked_into(family: str) -> None:
     row = traced.sites.iloc[0]
     place = ["sequence", "position", "channel", "writer_layer", "writer"]
     assert row[place].tolist() == [SEQUENCE, POSITION, PLANT.channel, plant.layer, "mlp"]
-    writers = traced.neurons[traced.neurons["role"] == "writer"]["neuron"].tolist()
-    assert writers[:1] == ([] if family in planted_families.MOE else [planted_families.UNIT])
-    assert bool(without_neurons(loaded)) == (family in planted_families.MOE)
+    writers = traced.neurons[traced.neurons["role"] == "writer"]
+    units = planted_families.UNIT
+    if family in planted_families.MOE:  # the plant is in every expert: those of the token write
+        experts = find_parts(loaded.decoder.blocks[plant.layer]).experts
+        assert experts is not None
+        chosen = writers[writers["share"].abs() > 0.01]
+        assert set(chosen["neuron"] % experts.width) == {units}
+        all_of_it = pytest.approx(1.0, abs=1e-3)
+        if family == "qwen2-moe":  # its shared expert has the plant, too, and writes the rest
+            assert 0.1 < chosen["share"].sum() < 0.9
+        else:
+            assert chosen["share"].sum() == all_of_it
+    else:
+        assert writers["neuron"].iloc[0] == units
 
     marked = massive_tokens(recording, site)
     sinks = sink_shares(recording, marked)

@@ -8,7 +8,7 @@ import torch
 
 from zo_core.analysis.activations import ActivationScan
 from zo_core.analysis.interventions import INTERVENTIONS, intervene
-from zo_core.analysis.mechanism import find_sites, massive_tokens, trace, without_neurons
+from zo_core.analysis.mechanism import Traced, find_sites, massive_tokens, trace
 from zo_core.analysis.outliers import first_outlier_layer
 from zo_core.analysis.recording import Recording
 from zo_core.analysis.sinks import sink_shares, without_sinks
@@ -77,7 +77,7 @@ def run_mechanism(job: MechanismJob, run: Run, context: JobContext) -> None:
         "channels": traced.sites["channel"].tolist(),
         "writer": _part(first, "writer"),
         "remover": _part(first, "remover"),
-        "neurons": without_neurons(loaded),
+        "neurons": _without_neurons(traced),
         "sinks": no_sinks,
         "massive_tokens": int(sum(int(m.sum()) for m in anywhere)),
         "sink_share": None if sinks.empty else float(sinks["share"].max()),
@@ -88,6 +88,15 @@ def run_mechanism(job: MechanismJob, run: Run, context: JobContext) -> None:
         "seconds": round(time.perf_counter() - began, 3),
     }
     run.write_result("summary.json", to_json(summary))
+
+
+def _without_neurons(traced: Traced) -> str:
+    """Why no neurons are named; empty if they are."""
+    if not traced.neurons.empty:
+        return ""
+    if "mlp" in traced.sites[["writer", "remover"]].to_numpy():
+        return "the down-projections of this family cannot be read"
+    return "no MLP wrote or removed it"
 
 
 def _part(site: pd.Series, role: str) -> dict[str, Any] | None:
