@@ -17,6 +17,7 @@ from zo_core.tasks.catalog import TASKS
 
 TEXTS = {"sample": "Bundled passages", "prompt": "Own prompt", "task": "A task"}
 BOS = {"auto": "as the tokenizer does", "add": "add", "none": "leave out"}
+PLACEMENT = {"resident": "on the device", "offload": "what fits", "stream": "a block at a time"}
 WINDOW = 64  # tokens shown at once
 
 
@@ -84,6 +85,16 @@ def form(choice: Choice) -> None:
             width=190,
             persist_state="session",
             help="The first token carries massive activations: BOS changes the answer.",
+        )
+        values["placement"] = st.selectbox(
+            "Weights",
+            list(PLACEMENT),
+            format_func=PLACEMENT.get,
+            key="scan_placement",
+            width=190,
+            persist_state="session",
+            help="For models larger than the device: keep there what fits, the rest in CPU memory "
+            "or on disk; or read one decoder block at a time from the files: a few GB are enough.",
         )
     launch.launch_row(ScanJob, values | choice.fields(), "Scan", key="start_scan")
 

@@ -30,6 +30,7 @@ Noise = Literal["gaussian", "rademacher", "sphere"]
 Rule = Literal["emergence", "massive", "systematic"]
 TextSource = Literal["sample", "prompt", "task"]
 Bos = Literal["auto", "add", "none"]
+Placement = Literal["resident", "offload", "stream"]
 ForwardPath = Literal["auto", "fast", "reference"]
 Optimizer = Literal["zo-sgd", "momentum", "sign", "conservative", "adamm", "adamw"]
 Estimator = Literal["two-sided", "one-sided"]
@@ -144,9 +145,14 @@ class TextFields(TaskChoice):
 
 
 class ScanJob(TextFields):
-    """Activation scan: streaming statistics of every block output."""
+    """Activation scan: streaming statistics of every part of every block."""
 
     kind: Literal["scan"] = "scan"
+    placement: Placement = Field(
+        "resident",
+        description="of the weights. offload: what does not fit waits in CPU memory or on disk; "
+        "stream: one block at a time from the files",
+    )
 
 
 class MechanismJob(TextFields):

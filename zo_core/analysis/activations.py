@@ -53,8 +53,8 @@ class ActivationScan:
         """Number of the first token of each sequence, and of all tokens."""
         self._weights: list[dict[str, Any]] = []
         self._owl: list[dict[str, float]] = []
+        self._table: pd.DataFrame | None = None
 
-    @torch.no_grad()
     def run(
         self,
         sequences: Sequence[list[int]],
@@ -70,6 +70,17 @@ class ActivationScan:
             batch_size: sequences a forward pass.
             tick: called with the number of sequences done; may raise to stop.
         """
+        self.watch(sequences, batch_size, tick)
+        self.read_weights()
+
+    @torch.no_grad()
+    def watch(
+        self,
+        sequences: Sequence[list[int]],
+        batch_size: int,
+        tick: Callable[[int], None] = lambda _done: None,
+    ) -> None:
+        """The forward passes of :meth:`run`."""
         self.begin(sequences)
         with self.watching(*self.observers):
             for chunk in batches(len(sequences), batch_size):
@@ -77,11 +88,16 @@ class ActivationScan:
                 # The base model: logits are not needed.
                 self._loaded.model.base_model(input_ids=ids, use_cache=False)  # type: ignore[operator]
                 tick(chunk.stop)
+
+    @torch.no_grad()
+    def read_weights(self) -> None:
+        """What :meth:`run` says of weights, of every layer."""
         for layer in self.observers:
             self.finish(layer)
 
     def begin(self, sequences: Sequence[list[int]]) -> None:
         """Note the sequences that will be scanned."""
+        self._table = None
         self._sequences = list(sequences)
         self._starts = [0, *accumulate(map(len, sequences))]
 
@@ -117,6 +133,7 @@ class ActivationScan:
             rows = [b * width + t for b, s in enumerate(part) for t in range(len(s))]
         batch = Batch(
             size=len(part) * width,
+            first=first,
             tokens=torch.arange(first, end, device=device),
             rows=None if rows is None else torch.tensor(rows, device=device),
             kept=max(0, min(kept, end) - first),
@@ -168,18 +185,14 @@ class ActivationScan:
 
     def parts(self) -> pd.DataFrame:
         """One row a layer and part; columns as in docs/scan.md."""
-        rows = [{"layer": EMBEDDING, "part": PARTS[0]} | self._row(self._embedding_statistics)]
-        for layer, observer in self.observers.items():
-            rows += [
+        if self._table is None:
+            self._table = pd.DataFrame(
                 {"layer": layer, "part": part} | self._row(observer.statistics[part])
+                for layer, observer in [(EMBEDDING, self._embedding), *self.observers.items()]
                 for part in PARTS
                 if part in observer.statistics
-            ]
-        return pd.DataFrame(rows)
-
-    @property
-    def _embedding_statistics(self) -> Statistics:
-        return self._embedding.statistics[PARTS[0]]
+            )
+        return self._table
 
     def layers(self) -> pd.DataFrame:
         """One row a layer (-1: embedding output): the block output."""

@@ -26,8 +26,10 @@ class Batch:
 
     size: int
     """B * T."""
+    first: int
+    """Number of the first real token."""
     tokens: torch.Tensor
-    """int64 [N]: number of each real token."""
+    """int64 [N]: numbers of the real tokens, consecutive."""
     rows: torch.Tensor | None
     """int64 [N]: its row in the flattened batch; None if every row is real."""
     kept: int
@@ -120,7 +122,7 @@ class BlockObserver:
         real = self.batch.real(states)
         statistics = self._statistics(part, real.shape[-1])
         real = real.to(self._device)
-        statistics.add(real, self.batch.tokens)
+        statistics.add(real, self.batch.first)
         if part == "block_output" and self.batch.kept and self.layer >= 0:
             n = self.batch.kept
             largest = real[:n].abs().float().nan_to_num(0.0, 0.0, 0.0).max(-1)
@@ -157,7 +159,7 @@ class BlockObserver:
         assert self._parts is not None
         assert self.batch is not None
         states = args[0]
-        if not self._whole(states):
+        if not self._whole(states) or not isinstance(output, torch.Tensor):
             return
         if self._seen is None or self._seen[0] is not states:
             self._seen = (states, squares_by_channel(self.batch.real(states)))

@@ -34,6 +34,8 @@ INFINITE = 0x7F80
 """First bin of infinity and NaN."""
 PIECE = 1 << 17
 """Entries taken at a time on a CPU, so that intermediate tensors stay in its caches."""
+WAITING = 64
+"""Pieces whose largest entries wait on the device."""
 NOWHERE = torch.iinfo(torch.int64).max
 
 
@@ -59,6 +61,8 @@ class Statistics:
         self.top_place = torch.full((TOP,), NOWHERE, dtype=torch.int64, device=device)
         self.first_nonfinite = torch.full((), NOWHERE, dtype=torch.int64, device=device)
         """Token with the first NaN or infinite entry."""
+        self.candidates: list[tuple[torch.Tensor, int, int]] = []
+        """(keys, first token, width) of pieces whose largest entries are still to be merged."""
         self.channel_max = torch.zeros(channels if by_channel else 0, device=device)
         self.channel_tokens = torch.zeros(
             channels if by_channel else 0, dtype=torch.int64, device=device
@@ -70,24 +74,36 @@ class Statistics:
         return bool(len(self.channel_max))
 
     def add(
-        self, states: torch.Tensor, tokens: torch.Tensor, first: torch.Tensor | None = None
+        self, states: torch.Tensor, tokens: torch.Tensor | int, first: torch.Tensor | None = None
     ) -> None:
         """Take in a piece.
 
         Args:
             states: floating point [N, C].
-            tokens: int64 [N], the token of each row.
+            tokens: int64 [N], the token of each row; or the first of consecutive ones.
             first: int64 [N], the channel of each row's first entry; None: 0.
         """
         if not states.numel():
             return
-        if kernels.usable(states):
-            kernels.add(self, states.contiguous(), tokens, first)
-            return
+        if isinstance(tokens, int):
+            if first is None and kernels.usable(states):
+                kernels.add(self, states.contiguous(), tokens)
+                if len(self.candidates) >= WAITING:
+                    self._settle()
+                return
+            tokens = torch.arange(tokens, tokens + len(states), device=states.device)
         rows = max(1, PIECE // states.shape[1]) if states.device.type == "cpu" else len(states)
         for start in range(0, len(states), rows):
             part = slice(start, start + rows)
             self._add(states[part].float(), tokens[part], None if first is None else first[part])
+
+    def _settle(self) -> None:
+        """Merge the candidates that the kernel left."""
+        for keys, start, width in self.candidates:
+            magnitude, value, place = kernels.read(keys)
+            token = start + place // width
+            self.merge(magnitude, value, token * self.channels + place % width)
+        self.candidates.clear()
 
     def _add(self, x: torch.Tensor, tokens: torch.Tensor, first: torch.Tensor | None) -> None:
         magnitude = x.abs()
@@ -124,7 +140,7 @@ class Statistics:
         tokens: torch.Tensor,
         first: torch.Tensor | None,
     ) -> None:
-        """Merge the largest entries, -1 standing for none: only rows that hold one are looked at."""
+        """Merge the largest entries, -1 standing for none; few rows are looked at closely."""
         largest = magnitude.amax(-1)
         least = largest.topk(min(TOP, len(largest))).values[-1] if len(largest) >= TOP else -1.0
         candidates = largest >= torch.maximum(
@@ -153,6 +169,7 @@ class Statistics:
 
     def row(self) -> dict[str, float]:
         """Every number but the places, as in docs/scan.md; NaN where nothing finite was seen."""
+        self._settle()
         counts = self.histogram.cpu()
         nonfinite = int(counts[INFINITE:].sum())
         counts = counts[:INFINITE]
@@ -178,6 +195,7 @@ class Statistics:
 
     def places(self) -> list[tuple[int, int, float]]:
         """(token, channel, signed value) of the largest entries, largest first."""
+        self._settle()
         kept = zip(self.top_place.tolist(), self.top_value.tolist(), strict=True)
         return [(*divmod(p, self.channels), v) for p, v in kept if p != NOWHERE]
 

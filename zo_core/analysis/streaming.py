@@ -60,6 +60,10 @@ def scan_blockwise(
         sequences: token ids.
         batch_size: sequences a forward pass.
         tick: called with the layer and the number of sequences done in it; may raise to stop.
+
+    Raises:
+        ModelError: a file cannot be read.
+        UserError: the model is not causal.
     """
     device = model.loaded.device
     scan.begin(sequences)
@@ -67,6 +71,8 @@ def scan_blockwise(
         states = HiddenStates(Path(folder), BUDGET[device.type])
         for layer in range(len(model)):
             with model.block(layer):
+                if not layer:
+                    model.check_causal()
                 with scan.watching(layer):
                     for number, chunk in enumerate(batches(len(sequences), batch_size)):
                         ids = scan.enter(chunk)

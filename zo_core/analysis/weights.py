@@ -7,10 +7,10 @@ of all its linear layers that lie above ``m`` times their mean.
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from torch import nn
 
 from zo_core.analysis.observe import BlockObserver, Projection
@@ -24,9 +24,9 @@ WEIGHT_COLUMNS = ("median", "mean", "rms", "kurtosis", "q99", "q999")
 
 def weight_rows(observer: BlockObserver) -> list[dict[str, Any]]:
     """One row a down-projection of a block that was scanned, as in docs/scan.md."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for projection in observer.projections:
-        with align_module_device(projection.module):
+        with _here(projection.module):
             for expert, weight in enumerate(_down_weights(projection)):
                 first = projection.first_channel + expert * weight.shape[1]
                 number = len(rows)
@@ -55,6 +55,15 @@ def wanda_shares(observer: BlockObserver) -> dict[int, float]:
     return {m: found / count for m, found in above.items()}
 
 
+def _here(module: nn.Module) -> AbstractContextManager[None]:
+    """Within, a module has its weights, wherever ``accelerate`` keeps them."""
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module)
+
+
 def _matrix(linear: nn.Module) -> torch.Tensor:
     """Weight [outputs, inputs] of a linear layer; Conv1D stores its transpose."""
     return linear.weight if isinstance(linear, nn.Linear) else linear.weight.T  # type: ignore[return-value,operator]
@@ -72,7 +81,7 @@ def _scored(observer: BlockObserver) -> Iterator[tuple[torch.Tensor, torch.Tenso
     """Every linear weight [outputs, inputs] of a block with the norms float64 [inputs]."""
     for key, squares in observer.squares.items():
         module, name = key if isinstance(key, tuple) else (key, "")
-        with align_module_device(module):
+        with _here(module):
             if isinstance(module, LINEAR):
                 yield _matrix(module), squares.sqrt().to(module.weight.device)  # type: ignore[arg-type]
                 continue
@@ -86,8 +95,7 @@ def _describe(weight: torch.Tensor) -> dict[str, Any]:
     """Statistics of a weight [outputs, inputs], of its columns and of its rows."""
     outputs, inputs = weight.shape
     statistics = Statistics(inputs, weight.device)
-    numbers = torch.arange(outputs, device=weight.device)
-    statistics.add(weight, numbers)
+    statistics.add(weight, 0)
     found = statistics.row()
     row: dict[str, Any] = {"outputs": outputs, "inputs": inputs}
     for rank, (output, column, value) in enumerate(statistics.places(), start=1):

@@ -147,19 +147,29 @@ def bench(
     layer: Annotated[int | None, typer.Option(help="tuned layer; none given: the shape's")] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda")] = "auto",
     dtype: Annotated[str, typer.Option(metavar="auto|float32|bfloat16|float16")] = "auto",
+    scan_shape: Annotated[
+        str | None, typer.Option("--scan", help="time the scan of such a shape instead")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="with --scan: its checkpoint, written if absent and kept")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="write the Markdown table here")] = None,
     json: Json = False,
 ) -> None:
-    """Time the main job here; --shape: one ZO step against MeZO's; --probe: a whole probe."""
+    """Time the main job here, a step (--shape), a probe (--probe) or a scan (--scan) of a shape."""
     if probe_shape is not None:
         probe_bench(probe_shape, draws, everything, device, dtype, json)
+        return
+    if scan_shape is not None:
+        writable(out, "--out", json)
+        scan_bench(scan_shape, folder, device, out, json)
         return
     if shape is not None:
         writable(out, "--out", json)
         step_bench(shape, tasks.split(","), data_dir, layer, device, dtype, out, json)
         return
-    with TemporaryDirectory(prefix="zoscope-bench-") as folder:
-        settings().cache_dir = Path(folder)
+    with TemporaryDirectory(prefix="zoscope-bench-") as cache:
+        settings().cache_dir = Path(cache)
         try:
             found = run_bench(lambda line: typer.echo(f"... {line}", err=True))
         finally:
@@ -229,6 +239,30 @@ def probe_bench(
         typer.echo(f"target on an H200: {TARGET:g} s")
     if as_json:
         typer.echo(to_json(found))
+
+
+def scan_bench(
+    shape: str, folder: Path | None, device: str, out: Path | None, as_json: bool
+) -> None:
+    """Time scans of a checkpoint of a shape, in this process: they need the device."""
+    from zo_core.bench.scan import markdown, run_scan_bench
+
+    with TemporaryDirectory(prefix="zoscope-bench-") as own:
+        try:
+            result = run_scan_bench(
+                shape,
+                folder or Path(own) / "checkpoint",
+                device,
+                say=lambda line: typer.echo(f"... {line}", err=True),
+            )
+        except (UserError, ValidationError) as error:
+            refuse(explain(error) if isinstance(error, ValidationError) else str(error), as_json)
+    table = markdown(result)
+    typer.echo(table)
+    if out is not None:
+        out.write_text(table)
+    if as_json:
+        typer.echo(to_json(result))
 
 
 @app.command(name="app")

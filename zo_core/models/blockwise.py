@@ -18,7 +18,6 @@ from threading import Thread
 from typing import Any, BinaryIO
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -32,7 +31,6 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from zo_core.errors import UserError
 from zo_core.jobs import ModelFields
 from zo_core.models.catalog import ModelError, describe, weight_files
 from zo_core.models.decoder import find_decoder, hidden_of
@@ -40,6 +38,7 @@ from zo_core.models.load import (
     UNREADABLE,
     LoadedModel,
     cannot_be_loaded,
+    check_same_past,
     load_tokenizer,
     pick_device,
     pick_dtype,
@@ -66,7 +65,7 @@ class BlockwiseModel:
             config = AutoConfig.from_pretrained(self._folder, trust_remote_code=False)
             if getattr(config, "quantization_config", None) is not None:
                 raise ValueError("its weights are quantized: choose placement resident")
-            with init_empty_weights(include_buffers=False):
+            with _without_weights():
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         except UNREADABLE as error:
             raise cannot_be_loaded(fields.model, error) from error
@@ -87,7 +86,7 @@ class BlockwiseModel:
             device_map={"": device},
             dtype=dtype,
             dtype_plan=model._get_dtype_plan(dtype),
-            weight_mapping=get_model_conversion_mapping(model),
+            weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
         )
         self._files = self._find_keys()
         self._returned = 0
@@ -167,6 +166,16 @@ class BlockwiseModel:
             for block in blocks[:layer]:
                 del block.forward  # uncovers the class's own
         raise AssertionError(f"the model never reached layer {layer}")
+
+    @torch.no_grad()
+    def check_causal(self) -> None:
+        """Refuse a model whose block 0, whose weights are there, looks to the right.
+
+        Raises:
+            UserError: it does.
+        """
+        tokens = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]], device=self.loaded.device)
+        check_same_past(self._name, self.run(0, tokens))
 
     def _find_keys(self) -> dict[int | None, dict[Path, list[str]]]:
         """Layer, or None for what is outside the blocks -> file -> names of tensors in it."""
@@ -255,6 +264,23 @@ class _Left(Exception):  # noqa: N818 - a signal, not an error
 def _stand_aside(hidden_states: torch.Tensor, *_args: Any, returned: int, **_kwargs: Any) -> object:
     """Stand-in for the forward of a block that is not here."""
     return (hidden_states, *[None] * (returned - 1)) if returned else hidden_states
+
+
+@contextmanager
+def _without_weights() -> Iterator[None]:
+    """Parameters of modules made within are on the meta device; buffers, as computed, are not."""
+    register = nn.Module.register_parameter
+
+    def register_empty(module: nn.Module, name: str, weight: nn.Parameter | None) -> None:
+        register(module, name, weight)
+        if weight is not None:
+            module._parameters[name] = nn.Parameter(weight.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = register_empty  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _folder(fields: ModelFields, path: str) -> str:

@@ -175,14 +175,16 @@ def _header_shapes(file: Path) -> Shapes:
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         end = 8 + length + max((e["data_offsets"][1] for e in header.values()), default=0)
-        if file.stat().st_size < end:
-            raise ValueError(f"it has {file.stat().st_size} of {end} bytes: download it again")
-        return {name: (e["dtype"], tuple(e["shape"])) for name, e in header.items()}
+        shapes = {name: (e["dtype"], tuple(e["shape"])) for name, e in header.items()}
     except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"model: {file} is no readable safetensors file: {error}.") from error
+    size = file.stat().st_size
+    if size < end:
         raise ModelError(
-            f"model: {file.parent} cannot be loaded: {file.name} is no readable safetensors "
-            f"file: {error}."
-        ) from error
+            f"model: {file.parent} cannot be loaded: {file.name} has {size} of {end} bytes: "
+            "download it again."
+        )
+    return shapes
 
 
 def _read_hub(

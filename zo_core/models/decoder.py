@@ -21,28 +21,42 @@ class Decoder:
         return len(self.blocks)
 
 
+RIVAL = 0.5
+"""A second list with this share of the largest one's parameters makes it unclear which is meant."""
+
+
 def find_decoder(model: nn.Module) -> Decoder:
     """Find the list of decoder blocks: the outermost ``nn.ModuleList`` with the most parameters.
 
     Raises:
-        UserError: the model has no list of blocks.
+        UserError: the model has no such list, or two that could be meant.
     """
     lists = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module)
     ]
-    outermost = [
-        (name, module)
-        for name, module in lists
-        if not any(name.startswith(f"{other}.") for other, _ in lists)
-    ]
-    if not outermost:
+    sizes = sorted(
+        (
+            (sum(p.numel() for p in module.parameters()), name, module)
+            for name, module in lists
+            if not any(name.startswith(f"{other}.") for other, _ in lists)
+        ),
+        key=lambda item: -item[0],
+    )
+    looked = (
+        f"model: {type(model).__name__} cannot be read: looked for one nn.ModuleList that holds "
+        "all decoder blocks"
+    )
+    if not sizes or not sizes[0][0]:
+        children = ", ".join(name for name, _ in model.named_children()) or "nothing"
+        raise UserError(f"{looked} and found none among {children}.")
+    if len(sizes) > 1 and sizes[1][0] >= RIVAL * sizes[0][0]:
         raise UserError(
-            f"model: {type(model).__name__} cannot be read: looked for one nn.ModuleList of "
-            "decoder blocks and found none."
+            f"{looked} and found two of like size: {sizes[0][1]} ({len(sizes[0][2])} modules) and "
+            f"{sizes[1][1]} ({len(sizes[1][2])})."
         )
-    name, blocks = max(outermost, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    _, name, blocks = sizes[0]
     return Decoder(name, tuple(blocks))
 
 

@@ -18,6 +18,8 @@ LINEAR = (nn.Linear, Conv1D)
 _MIXER = re.compile(
     r"att|mixer|mamba|ssm|conv|recurrent|temporal|retention|delta|rwkv|time_mix", re.IGNORECASE
 )
+_MLP = re.compile(r"mlp|ffn?$|feed|moe|expert", re.IGNORECASE)
+"""Names of an MLP, whatever the name of its class says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +50,15 @@ class BlockParts:
 
 def find_parts(block: nn.Module) -> BlockParts:
     """Take a decoder block apart; it may be on the meta device."""
-    mixers, others, loose = [], [], []
+    mixers: list[nn.Module] = []
+    others: list[nn.Module] = []
+    loose: list[nn.Module] = []
     for name, child in block.named_children():
         if isinstance(child, LINEAR):
             loose.append(child)
         elif any(p.dim() > 1 for p in child.parameters()):
-            mixes = _MIXER.search(name) or _MIXER.search(type(child).__name__)
+            kind = name if _MLP.search(name) else f"{name} {type(child).__name__}"
+            mixes = _MIXER.search(kind)
             (mixers if mixes else others).append(child)
     mixer = mixers[0] if mixers else None
     mlp = others[0] if len(others) == 1 else None

@@ -14,8 +14,11 @@ from zo_core.analysis.recording import Recording
 from zo_core.analysis.sinks import sink_shares, without_sinks
 from zo_core.jobs import MechanismJob
 from zo_core.models import resident
+from zo_core.models.catalog import describe
+from zo_core.models.load import load_tokenizer
 from zo_core.progress import JobContext
 from zo_core.provenance import provenance
+from zo_core.recipes.scan import broken_layers
 from zo_core.runs import Run, to_json
 from zo_core.tasks.scoring import batches
 from zo_core.tasks.texts import texts_of, tokenise
@@ -23,11 +26,13 @@ from zo_core.tasks.texts import texts_of, tokenise
 
 def run_mechanism(job: MechanismJob, run: Run, context: JobContext) -> None:
     """Look into the massive activations of a model on some texts; tables as they are found."""
-    texts = texts_of(job)
+    info = describe(job.model, job.revision)
+    tokenizer = load_tokenizer(job, info)
+    # Before any weight is read: a text or a setting that cannot be used.
+    longest = min(job.max_tokens, info.context or tokenizer.model_max_length)
+    sequences = tokenise(texts_of(job), tokenizer, job.bos, longest)
     loaded = resident.acquire(job, context.log)
     began = time.perf_counter()
-    longest = min(job.max_tokens, loaded.context)
-    sequences = tokenise(texts, loaded.tokenizer, job.bos, longest)
     passes = len(list(batches(len(sequences), job.batch_size)))
     total = 2 * passes + 1 + len(INTERVENTIONS) * len(loaded.decoder)
     done = 0
@@ -42,6 +47,8 @@ def run_mechanism(job: MechanismJob, run: Run, context: JobContext) -> None:
     scan = ActivationScan(loaded, parts=False)
     scan.run(sequences, job.batch_size, lambda _done: context.check_cancelled())
     verdict = first_outlier_layer(job.rule, scan.layers())
+    for sentence in broken_layers(scan, loaded.dtype_name):
+        context.log(sentence)
     recording = Recording(loaded, sequences, job.batch_size, lambda: tick("reading the texts"))
     sites = find_sites(recording, job.channels)
     traced = trace(recording, sites)

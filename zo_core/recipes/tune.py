@@ -19,8 +19,8 @@ from zo_core.tasks.templates import Example, encode_rows
 from zo_core.trackers import Trackers
 from zo_core.zo.checkpoint import restore_run, save_checkpoint
 from zo_core.zo.fingerprint import base_weights, digest
-from zo_core.zo.forward import CHUNK, FastForward, Forward, ReferenceForward
-from zo_core.zo.path import choose_forward
+from zo_core.zo.forward import CHUNK, FastForward, Forward
+from zo_core.zo.path import choose_forward, reference_forward
 from zo_core.zo.scope import TunedScope
 from zo_core.zo.scopes import Selection, select
 from zo_core.zo.trainer import LossNotFiniteError, Progress, make_optimizer, make_scope, train
@@ -212,7 +212,7 @@ def _choose_path(
     job: TuneJob, loaded: LoadedModel, selection: Selection, examples: list[Example]
 ) -> tuple[Forward, str]:
     if job.reference_only:
-        return ReferenceForward(loaded), job.reference_only
+        return reference_forward(loaded), job.reference_only
     return choose_forward(
         loaded,
         job.path,

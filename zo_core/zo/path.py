@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 
+from zo_core.errors import UserError
 from zo_core.models.load import LoadedModel
 from zo_core.tasks.scoring import task_loss
 from zo_core.tasks.templates import Example
@@ -20,6 +21,10 @@ TOLERANCE = {torch.float32: 1e-4}
 ROUNDED_TOLERANCE = 5e-2
 """How far the losses of both paths may be apart, in nats: two bf16 forward passes that add in
 another order differ by about the rounding of a logit, 2**-8 of some 10 nats."""
+
+PADDING = 0.2
+"""Relative change of a row's logits from which padding counts: rounding gives 1e-7 in float32 and
+about 1e-2 in bfloat16, families that look at padding 0.8 and more."""
 
 
 def choose_forward(
@@ -46,7 +51,7 @@ def choose_forward(
         The path, and the reason in words.
     """
     if path == "reference":
-        return ReferenceForward(loaded), "asked for"
+        return reference_forward(loaded), "asked for"
     graphs = loaded.device.type == "cuda" and loaded.dtype != torch.float32
     fast = FastForward(
         loaded,
@@ -63,7 +68,37 @@ def choose_forward(
     if path == "fast":
         return fast, reason
     objection = _objection(loaded, fast, examples)
-    return (ReferenceForward(loaded), objection) if objection else (fast, reason)
+    return (reference_forward(loaded), objection) if objection else (fast, reason)
+
+
+@torch.no_grad()
+def reference_forward(loaded: LoadedModel) -> ReferenceForward:
+    """The reference path, for a model that leaves left padding out of account.
+
+    Recurrent models such as RWKV run their state through it, and some decoders, such as BART's,
+    count its positions: their numbers would depend on the other rows of a batch.
+
+    Raises:
+        UserError: the logits of a padded row are not those of the same row alone.
+    """
+    row, pads = [9, 17, 23, 31, 45], 3
+    device = loaded.device
+    mask = torch.tensor([[0] * pads + [1] * len(row)], device=device)
+    alone = loaded.model(input_ids=torch.tensor([row], device=device), use_cache=False)
+    padded = loaded.model(
+        input_ids=torch.tensor([[0] * pads + row], device=device),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        use_cache=False,
+    )
+    one, other = alone.logits[0, -1].float(), padded.logits[0, -1].float()
+    if bool((one - other).norm() > PADDING * (one - one.mean()).norm()):
+        raise UserError(
+            f"model: {loaded.name} does not leave left padding out of account (recurrent?), "
+            "so the rows of a batch would change each other's loss: it can be scanned, but not "
+            "probed or tuned."
+        )
+    return ReferenceForward(loaded)
 
 
 def _objection(loaded: LoadedModel, fast: FastForward, examples: Sequence[Example]) -> str | None:

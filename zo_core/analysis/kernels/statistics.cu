@@ -34,7 +34,12 @@ __device__ __forceinline__ float widen(element raw) {
 #endif
 }
 
-// A key orders entries: larger magnitude first, then the earlier place. 0 stands for none.
+// A key orders entries: larger magnitude first, then the earlier place; its last bit is the sign of
+// the entry. 0 stands for none.
+__device__ __forceinline__ u64 key_of(u32 pattern, u64 place, bool negative) {
+    return ((u64)(pattern + 1u) << 32) | ((0x7FFFFFFFu - place) << 1) | negative;
+}
+
 __device__ __forceinline__ void rank_key(u64 key, u64 best[TOP]) {
     if (key <= best[TOP - 1]) return;
 #pragma unroll
@@ -49,11 +54,12 @@ __device__ __forceinline__ double warp_sum(double value) {
     return value;
 }
 
-// histogram u64 [BINS]; sums double [5]; candidates u64 [blocks, TOP]; first_bad: smallest row with
-// a NaN or infinity; channel_max (float bits) and channel_tokens: [channels], or null.
+// start: token of the first row. histogram u64 [BINS]; sums double [5]; candidates u64 [blocks, TOP];
+// first_nonfinite: smallest token with a NaN or infinity; channel_max (float bits) and
+// channel_tokens: [channels], or null.
 extern "C" __global__ void __launch_bounds__(THREADS)
-statistics(const element* x, int rows, int channels, u64* histogram, double* sums, u64* candidates,
-           int* first_bad, int* channel_max, u64* channel_tokens) {
+statistics(const element* x, int rows, int channels, int start, u64* histogram, double* sums,
+           u64* candidates, long long* first_nonfinite, int* channel_max, u64* channel_tokens) {
     extern __shared__ u32 bins[];
     const int thread = threadIdx.y * THREADS_X + threadIdx.x;
     for (int i = thread; i < BINS; i += THREADS) bins[i] = 0;
@@ -80,7 +86,7 @@ statistics(const element* x, int rows, int channels, u64* histogram, double* sum
                 const u32 pattern = __float_as_uint(magnitude);
                 atomicAdd(&bins[pattern >> SHIFT], 1u);
                 if (pattern >= INFINITE) { bad = min(bad, row); continue; }
-                rank_key(((u64)(pattern + 1u) << 32) | (0xFFFFFFFFu - (u32)(place + i)), best);
+                rank_key(key_of(pattern, place + i, value < 0), best);
                 const double wide = value, second = wide * wide;
                 total += magnitude;
                 s1 += wide;
@@ -98,7 +104,7 @@ statistics(const element* x, int rows, int channels, u64* histogram, double* sum
                 atomicAdd(channel_tokens + channel + i, (u64)features[i]);
         }
     }
-    if (bad != 0x7FFFFFFF) atomicMin(first_bad, bad);
+    if (bad != 0x7FFFFFFF) atomicMin(first_nonfinite, (long long)start + bad);
 
     double parts[5] = {total, s1, s2, s3, s4};
 #pragma unroll

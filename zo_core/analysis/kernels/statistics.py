@@ -102,29 +102,22 @@ def _nvrtc(source: str, options: list[str]) -> bytes:
     return binary.raw
 
 
-def add(
-    statistics: "Statistics",
-    states: torch.Tensor,
-    tokens: torch.Tensor,
-    first: torch.Tensor | None = None,
-) -> None:
-    """Take a piece in, as :meth:`Statistics.add` does; nothing waits for the device.
+def add(statistics: "Statistics", states: torch.Tensor, start: int) -> None:
+    """Take a piece in, as :meth:`Statistics.add` does; one launch, nothing waits for the device.
+
+    The largest entries go to ``statistics.candidates`` as keys, see :func:`read`.
 
     Args:
         statistics: on the device of ``states``.
-        states: contiguous [N, C].
-        tokens: int64 [N].
-        first: int64 [N] or None.
+        states: contiguous [N, C] of consecutive tokens.
+        start: the first of them.
     """
     rows = max(1, LARGEST // states.shape[1])
-    for start in range(0, len(states), rows):
-        part = slice(start, start + rows)
-        _add(statistics, states[part], tokens[part], None if first is None else first[part])
+    for first in range(0, len(states), rows):
+        _add(statistics, states[first : first + rows], start + first)
 
 
-def _add(
-    statistics: "Statistics", states: torch.Tensor, tokens: torch.Tensor, first: torch.Tensor | None
-) -> None:
+def _add(statistics: "Statistics", states: torch.Tensor, start: int) -> None:
     device, (rows, width) = states.device, states.shape
     vector = LOAD // states.element_size()
     if width % vector or states.data_ptr() % LOAD:
@@ -133,9 +126,7 @@ def _add(
     across = -(-width // (THREADS_X * vector))
     processors = torch.cuda.get_device_properties(index).multi_processor_count
     down = max(1, min(processors // across, -(-rows // THREADS_Y)))
-    candidates = torch.empty(across * down, TOP, dtype=torch.int64, device=device)
-    nowhere = torch.iinfo(torch.int32).max
-    first_bad = torch.full((1,), nowhere, dtype=torch.int32, device=device)
+    keys = torch.empty(across * down * TOP, dtype=torch.int64, device=device)
     with torch.cuda.device(device):
         _compiled(index, states.dtype, vector)(
             grid=(across, down, 1),
@@ -144,26 +135,26 @@ def _add(
                 states,
                 rows,
                 width,
+                start,
                 statistics.histogram,
                 statistics.sums,
-                candidates,
-                first_bad,
+                keys,
+                statistics.first_nonfinite,
                 statistics.channel_max,  # empty, and so null, unless it is kept
                 statistics.channel_tokens,
             ],
             shared_mem=SHARED,
         )
-    keys = candidates.flatten()
-    pattern, place = (keys >> 32) - 1, 0xFFFFFFFF - (keys & 0xFFFFFFFF)
-    there = keys > 0
-    place = place.where(there, 0)
-    row, column = place // width, place % width
-    channel = column if first is None else column + first[row]
-    magnitude = pattern.to(torch.int32).view(torch.float32).where(there, -1.0)
-    statistics.merge(
-        magnitude, states.flatten()[place].float(), tokens[row] * statistics.channels + channel
-    )
-    bad = first_bad.long()[0]
-    token = tokens[bad.clamp(max=rows - 1)].where(bad != nowhere, torch.iinfo(torch.int64).max)
-    statistics.first_nonfinite = torch.minimum(statistics.first_nonfinite, token)
+    statistics.candidates.append((keys, start, width))
 
+
+def read(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the kernel's keys int64 [K] say: (magnitude, signed value, place in the piece).
+
+    The magnitude is -1 where there was no entry.
+    """
+    there = keys > 0
+    pattern = ((keys >> 32) - 1).to(torch.int32)
+    magnitude = pattern.view(torch.float32).where(there, -1.0)
+    place = 0x7FFFFFFF - ((keys >> 1) & 0x7FFFFFFF)
+    return magnitude, magnitude.where(keys & 1 == 0, -magnitude), place.where(there, 0)
