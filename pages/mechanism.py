@@ -93,9 +93,7 @@ def neuron_figures(entry: history.Entry, site: pd.Series, neurons: pd.DataFrame)
     figures = []
     roles = [r for r in ("writer", "remover") if (neurons["role"] == r).any()]
     if not roles:
-        reason = entry.summary.get("neurons") or (
-            "attention wrote and removed it: there is no down-projection to look into"
-        )
+        reason = entry.summary.get("neurons") or "no MLP wrote or removed it"
         st.caption(plain(f"Neurons: {reason}."))
         return figures
     for column, role in zip(st.columns(len(roles)), roles, strict=True):
@@ -171,7 +169,8 @@ def results(entry: history.Entry) -> None:
             f"{sinks['uniform'].iloc[0]:.1%}."
         )
     elif sinks is not None:
-        st.caption("The attention of this family does not return its weights.")
+        reason = entry.summary.get("sinks") or "no attention weights were found"
+        st.caption(plain(f"No attention sinks: {reason}."))
     elif entry.status.live:
         st.caption("Attention weights follow.")
 

@@ -79,7 +79,7 @@ def test_probe_with_every_further_analysis(page: Page, app: App, tmp_path: Path)
     press(page, "start_probe")
     expect(key(page, "download_ablation")).to_be_visible(timeout=SLOW)
     expect(key(page, "recommended_eps")).to_contain_text("ecommended")
-    expect(key(page, "gradients_table")).to_be_visible()
+    expect(page.get_by_text("Sign agreement: share of pairs of batches")).to_be_visible()
     layer = key(page, "probe_detail").get_by_role("combobox")
     # Rows are layer 14, which is chosen if it has the larger mean |g|, and layer 15.
     for row, name in ((0.25, "layer 14 (15th of 16)"), (0.75, "layer 15 (16th of 16)")):
@@ -89,6 +89,9 @@ def test_probe_with_every_further_analysis(page: Page, app: App, tmp_path: Path)
     table = pd.read_csv(download(page, "download_propagation", tmp_path))
     own = table[table["layer"] == table["block"]]
     assert (own["amplification"] == 1).all()
-    key(page, "probe_scaling").get_by_role("button", name="same own change").click()
+    key(page, "probe_scaling").get_by_text("same own change").click()
     settled(page)
+    expect(key(page, "probe_scaling").get_by_role("radio", checked=True)).to_have_accessible_name(
+        "same own change"
+    )
     assert page.locator('[data-testid="stException"]').count() == 0

@@ -9,15 +9,17 @@ import torch
 import torch.nn.functional as F
 
 from tests.unit import families
+from tests.unit import planted as planted_families
 from tests.unit.families import HIDDEN, LAYERS, UNIT, Plant
 from zo_core import runs
 from zo_core.analysis.interventions import intervene, ordinary_channels, text_loss
 from zo_core.analysis.mechanism import find_sites, massive_tokens, trace
 from zo_core.analysis.recording import Recording
-from zo_core.analysis.sinks import sink_shares
+from zo_core.analysis.sinks import sink_shares, without_sinks
 from zo_core.jobs import MechanismJob, ModelFields
 from zo_core.models.decoder import find_decoder, hidden_of
 from zo_core.models.load import LoadedModel, load
+from zo_core.models.parts import find_parts
 from zo_core.progress import JobContext
 from zo_core.recipes.mechanism import run_mechanism
 from zo_core.runs import Process
@@ -80,7 +82,7 @@ def planted(family: str, folder: Path, remover: bool) -> LoadedModel:
 
 
 # Gemma-2 normalises what a block adds: a weight cannot be set to remove an exact amount.
-@pytest.mark.parametrize("family", families.CONFIGS)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt", "phi"])
 def test_planted_writer_neuron_and_remover_are_found(family: str, tmp_path: Path) -> None:
     removes = family != "gemma2"
     loaded = planted(family, tmp_path, removes)
@@ -116,6 +118,44 @@ def test_planted_writer_neuron_and_remover_are_found(family: str, tmp_path: Path
     outputs = recording.batches[0].outputs
     stored = [float(o[SEQUENCE, POSITION, PLANT.channel]) for o in outputs]
     assert table["after"].tolist() == pytest.approx(stored, rel=1e-4, abs=scale)
+
+
+@pytest.mark.parametrize("family", sorted(planted_families.FAMILIES))
+def test_every_family_can_be_looked_into(family: str) -> None:
+    plant = planted_families.Plant(layer=2, token=PLANT.token, channel=PLANT.channel)
+    loaded = planted_families.in_memory(planted_families.build(family, plant))
+    recording = Recording(loaded, sequences(), batch_size=2)
+    (site,) = find_sites(recording, channels=1)
+    traced = trace(recording, [site])
+    row = traced.sites.iloc[0]
+    place = ["sequence", "position", "channel", "writer_layer", "writer"]
+    assert row[place].tolist() == [SEQUENCE, POSITION, PLANT.channel, plant.layer, "mlp"]
+    writers = traced.neurons[traced.neurons["role"] == "writer"]
+    units = planted_families.UNIT
+    if family in planted_families.MOE:  # the plant is in every expert: those of the token write
+        experts = find_parts(loaded.decoder.blocks[plant.layer]).experts
+        assert experts is not None
+        chosen = writers[writers["share"].abs() > 0.01]
+        assert set(chosen["neuron"] % experts.width) == {units}
+        all_of_it = pytest.approx(1.0, abs=1e-3)
+        if family == "qwen2-moe":  # its shared expert has the plant, too, and writes the rest
+            assert 0.1 < chosen["share"].sum() < 0.9
+        else:
+            assert chosen["share"].sum() == all_of_it
+    else:
+        assert writers["neuron"].iloc[0] == units
+
+    marked = massive_tokens(recording, site)
+    sinks = sink_shares(recording, marked)
+    # Its norm comes after the plant: the channel is massive at every token.
+    if family == "opt-post-ln":
+        assert "without being massive itself" in without_sinks(recording, marked)
+    else:
+        assert sinks["layer"].nunique() == LAYERS
+        assert sinks["share"].between(0, 1).all()
+    base = text_loss(recording)
+    for layer in (0, 3, LAYERS - 1):  # starting above the frozen blocks changes nothing
+        assert text_loss(recording, layer) == pytest.approx(base, rel=1e-6)
 
 
 @torch.no_grad()

@@ -17,7 +17,9 @@ does.
 * The **remover** is the part with the largest contribution against it in a later layer, if that is
   at least half of the peak. Otherwise the activation stays, or fades gradually.
 * **Neurons**: the MLP writes ``sum_i W[c, i] a_i`` (and a bias) to channel c, with a the input of
-  the down-projection and W its weight. ``share`` is ``W[c, i] a_i`` over that sum.
+  the down-projection and W its weight. ``share`` is ``W[c, i] a_i`` over that sum. Of a mixture of
+  experts, neuron i of expert e is number ``e width + i``, its product is weighted by the router,
+  and ``share`` is over all that the MLP wrote, a shared expert included.
 """
 
 from collections.abc import Sequence
@@ -32,8 +34,7 @@ from transformers.pytorch_utils import Conv1D
 from zo_core.analysis.recording import Recording
 from zo_core.errors import UserError
 from zo_core.models.decoder import hidden_of
-from zo_core.models.load import LoadedModel
-from zo_core.models.parts import find_parts
+from zo_core.models.parts import Experts, find_parts
 
 PROMINENT = 0.25
 """A further channel is traced if its peak is at least this share of the largest."""
@@ -112,6 +113,19 @@ def massive_tokens(recording: Recording, site: Site) -> list[torch.Tensor]:
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """What the input neurons of a block's down-projections write to a site; float32 [I] each."""
+
+    activation: torch.Tensor
+    weight: torch.Tensor
+    product: torch.Tensor
+    total: float
+    """All that was written, before any norm that follows."""
+    neuron: torch.Tensor
+    """int64 [I]: their numbers."""
+
+
 @dataclass(slots=True)
 class _Seen:
     """What a block showed of one site."""
@@ -120,10 +134,8 @@ class _Seen:
     attention: float
     mlp: float
     after: float
-    down: nn.Module | None
-    """The dense down-projection, if there is one."""
-    inputs: torch.Tensor | None
-    """float32 [I]: its input at the site's token."""
+    written: _Written | None
+    """None where the down-projection cannot be read."""
 
 
 class _BlockTrace:
@@ -133,13 +145,17 @@ class _BlockTrace:
         self._block, self._places = block, places
         self._parts = find_parts(block)
         self._down: tuple[nn.Module, torch.Tensor] | None = None
+        self._routed: list[torch.Tensor] = []
         self._again = False
         self._width = 0
         self.seen: list[_Seen] = []
 
     def attach(self) -> list[Any]:
         linears = self._parts.mlp_linears if self._parts.experts is None else ()
-        handles = [m.register_forward_hook(self._linear) for m in linears]
+        handles: list[Any] = [m.register_forward_hook(self._linear) for m in linears]
+        if self._parts.experts is not None:
+            experts = self._parts.experts.module
+            handles.append(experts.register_forward_pre_hook(self._route, with_kwargs=True))
         handles.append(self._block.register_forward_pre_hook(self._enter, with_kwargs=True))
         handles.append(self._block.register_forward_hook(self._leave, with_kwargs=True))
         return handles
@@ -150,6 +166,10 @@ class _BlockTrace:
     def _linear(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         if not self._again and output.shape[-1] == self._width:
             self._down = (module, args[0])
+
+    def _route(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._again:  # hidden states [N, C], chosen experts [N, K], their weights [N, K]
+            self._routed = [*args, *kwargs.values()][:3]
 
     def _leave(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object
@@ -171,12 +191,53 @@ class _BlockTrace:
             self._again = False
         for row, position, channel in self._places:
             b, w, a = (float(h[row, position, channel]) for h in (before, without, after))
-            down, inputs = None, None
+            written, at = None, row * after.shape[1] + position
             if self._down is not None:
                 down, states = self._down
-                flat = states.reshape(-1, states.shape[-1])
-                inputs = flat[row * after.shape[1] + position].float()
-            self.seen.append(_Seen(b, w - b, a - w, a, down, inputs))
+                written = _dense(down, states.reshape(-1, states.shape[-1])[at], channel)
+            elif self._routed and self._parts.experts is not None:
+                hidden, chosen, share = (t.reshape(-1, t.shape[-1])[at] for t in self._routed)
+                written = _of_experts(self._parts.experts, hidden, chosen, share, channel, a - w)
+            self.seen.append(_Seen(b, w - b, a - w, a, written))
+
+
+def _dense(down: nn.Module, inputs: torch.Tensor, channel: int) -> _Written:
+    """What each entry [I] of a down-projection's input writes to a channel."""
+    matrix, bias = down.weight, down.bias
+    assert isinstance(matrix, torch.Tensor)
+    weight = (matrix[:, channel] if isinstance(down, Conv1D) else matrix[channel]).float()
+    activation = inputs.float()
+    product = weight * activation
+    total = float(product.sum()) + (0.0 if bias is None else float(bias[channel]))  # type: ignore[index]
+    return _Written(
+        activation, weight, product, total, torch.arange(len(product), device=product.device)
+    )
+
+
+def _of_experts(
+    experts: Experts,
+    hidden: torch.Tensor,
+    chosen: torch.Tensor,
+    share: torch.Tensor,
+    channel: int,
+    total: float,
+) -> _Written | None:
+    """The same of the experts that a token [C] was sent to; None for experts of another make."""
+    module: Any = experts.module
+    plain = module.has_gate and module.is_concatenated
+    if not plain or module.is_transposed or module.has_bias or module.has_post_expert_norm:
+        return None
+    activations, weights, products, neurons = [], [], [], []
+    for expert, factor in zip(chosen.tolist(), share.tolist(), strict=True):
+        activation = module._apply_gate(module.gate_up_proj[expert] @ hidden).float()
+        weight = module.down_proj[expert][channel].float()
+        activations.append(activation)
+        weights.append(weight)
+        products.append(activation * weight * factor)
+        first = expert * experts.width
+        neurons.append(torch.arange(first, first + experts.width, device=weight.device))
+    activation, weight, product, neuron = map(torch.cat, (activations, weights, products, neurons))
+    return _Written(activation, weight, product, total, neuron)
 
 
 def _nothing(_module: nn.Module, _args: Any, output: Any) -> Any:
@@ -287,32 +348,21 @@ def _neurons(
     site: int, role: str, layer: int, channel: int, seen: _Seen
 ) -> list[tuple[int, str, int, int, int, float, float, float, float]]:
     """The input neurons that write most to a channel; none where there is no one projection."""
-    if seen.down is None or seen.inputs is None:
+    written = seen.written
+    if written is None:
         return []
-    weight, bias = seen.down.weight, getattr(seen.down, "bias", None)
-    assert isinstance(weight, torch.Tensor)
-    row = (weight[:, channel] if isinstance(seen.down, Conv1D) else weight[channel]).float()
-    products = row * seen.inputs
-    total = float(products.sum()) + (float(bias[channel]) if bias is not None else 0.0)
-    order = products.abs().topk(min(NEURONS, len(products))).indices.tolist()
+    order = written.product.abs().topk(min(NEURONS, len(written.product))).indices.tolist()
     return [
         (
             site,
             role,
             layer,
             channel,
-            i,
-            float(seen.inputs[i]),
-            float(row[i]),
-            float(products[i]),
-            float(products[i]) / total if total else 0.0,
+            int(written.neuron[i]),
+            float(written.activation[i]),
+            float(written.weight[i]),
+            float(written.product[i]),
+            float(written.product[i]) / written.total if written.total else 0.0,
         )
         for i in order
     ]
-
-
-def without_neurons(loaded: LoadedModel) -> str:
-    """Why neurons are not named in this model; empty if they are."""
-    if any(find_parts(block).experts is not None for block in loaded.decoder.blocks):
-        return "layers are mixtures of experts: layer and part are named, neurons are not"
-    return ""

@@ -33,6 +33,14 @@ def eager(model: nn.Module) -> Iterator[None]:
         config._attn_implementation = before
 
 
+def without_sinks(recording: Recording, massive: Sequence[torch.Tensor]) -> str:
+    """Why a table of sinks is empty."""
+    looks = (queries_of(b, m).any() for b, m in zip(recording.batches, massive, strict=True))
+    if not any(map(bool, looks)):
+        return "no token comes after a massive one without being massive itself"
+    return "the attention of this family returns no weights"
+
+
 @torch.no_grad()
 def sink_shares(
     recording: Recording,
@@ -53,7 +61,7 @@ def sink_shares(
     uniform, queries = 0.0, 0
     loaded = recording.loaded
     for batch, marked in zip(recording.batches, massive, strict=True):
-        looks = _queries(batch, marked)
+        looks = queries_of(batch, marked)
         seen = marked.cumsum(-1) / torch.arange(1, marked.shape[1] + 1, device=marked.device)
         uniform += float(seen[looks].sum(dtype=torch.float64))
         queries += int(looks.sum())
@@ -79,7 +87,7 @@ def sink_shares(
     return pd.DataFrame(rows, columns=["layer", "head", "share", "uniform"])
 
 
-def _queries(batch: RecordedBatch, marked: torch.Tensor) -> torch.Tensor:
+def queries_of(batch: RecordedBatch, marked: torch.Tensor) -> torch.Tensor:
     """Which tokens are real, can see a massive one and are none: bool [B, T]."""
     return batch.real & ~marked & (marked.cumsum(-1) > 0)
 

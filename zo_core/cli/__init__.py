@@ -158,7 +158,7 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="write the Markdown table here")] = None,
     json: Json = False,
 ) -> None:
-    """Time the main job here, one ZO step (--shape), a probe (--probe) or a scan (--scan)."""
+    """Time the main job here, a step (--shape), a probe (--probe) or a scan (--scan) of a shape."""
     if probe_shape is not None:
         probe_bench(probe_shape, draws, everything, device, dtype, json)
         return

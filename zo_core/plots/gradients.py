@@ -51,7 +51,7 @@ def distribution(
         mode="markers",
         name="draws of z",
         marker={"color": OKABE_ITO[5], "size": 5, "opacity": 0.8},
-        customdata=points[["layer", "draw"]].to_numpy(),
+        customdata=points[["layer", "draw"]].to_numpy().tolist(),
         hovertemplate="layer %{customdata[0]}, draw %{customdata[1]}: g = %{y:.4g}<extra></extra>",
     )
     mean = intervals(layers, "projected_gradient")
@@ -68,7 +68,7 @@ def distribution(
             "thickness": 2,
             "width": 5,
         },
-        customdata=mean[["layer", "low", "high", "sd"]].to_numpy(),
+        customdata=mean[["layer", "low", "high", "sd"]].to_numpy().tolist(),
         hovertemplate="layer %{x}: mean %{y:.4g}, 95 % interval %{customdata[1]:.4g} to "
         "%{customdata[2]:.4g}, sd %{customdata[3]:.4g}<extra></extra>",
     )
@@ -112,7 +112,7 @@ def eps_sweep(sweep: pd.DataFrame, ranges: pd.DataFrame, layer: int) -> go.Figur
         name=f"layer {layer}",
         line={"color": OKABE_ITO[1], "width": 2.5},
         marker={"size": 8},
-        customdata=own[["deviation"]].to_numpy(),
+        customdata=own[["deviation"]].to_numpy().tolist(),
         hovertemplate="eps %{x:g}: %{customdata[0]:.1%} away<extra></extra>",
     )
     figure.add_hline(

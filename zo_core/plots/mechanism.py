@@ -30,7 +30,7 @@ def contributions(table: pd.DataFrame, selected: int | None = None) -> go.Figure
             y=table[part],
             name={"mlp": "added by the MLP", "attention": "added by the attention"}[part],
             marker={"color": colour, "pattern": {"shape": shape}},
-            customdata=table[["layer"]].to_numpy(),
+            customdata=table[["layer"]].to_numpy().tolist(),
             hovertemplate="layer %{x}: %{y:.4g}<extra></extra>",
         )
     figure.add_scatter(
@@ -40,7 +40,7 @@ def contributions(table: pd.DataFrame, selected: int | None = None) -> go.Figure
         name="block output",
         line={"color": GREY, "width": 2},
         marker={"size": 6},
-        customdata=table[["layer"]].to_numpy(),
+        customdata=table[["layer"]].to_numpy().tolist(),
         hovertemplate="after layer %{x}: %{y:.4g}<extra></extra>",
     )
     mark(figure, None, selected)
@@ -63,7 +63,7 @@ def neurons(table: pd.DataFrame, count: int = 12) -> go.Figure:
             y=[f"neuron {n}" for n in shown["neuron"]],
             orientation="h",
             marker={"color": OKABE_ITO[1]},
-            customdata=shown[["activation", "weight", "share"]].to_numpy(),
+            customdata=shown[["activation", "weight", "share"]].to_numpy().tolist(),
             text=[f"{s:.1%}" for s in shown["share"]],
             hovertemplate="%{y}: activation %{customdata[0]:.4g} x weight %{customdata[1]:.4g} = "
             "%{x:.4g}, %{customdata[2]:.1%} of all<extra></extra>",
@@ -112,7 +112,7 @@ def sinks(table: pd.DataFrame, first: int | None = None, selected: int | None = 
         marker={"symbol": "square", "size": 12, "opacity": 0},
         selected={"marker": {"opacity": 0}},
         unselected={"marker": {"opacity": 0}},
-        customdata=table[["layer", "share", "uniform"]].to_numpy(),
+        customdata=table[["layer", "share", "uniform"]].to_numpy().tolist(),
         hovertemplate="layer %{y}, head %{x}: %{customdata[1]:.1%}<br>"
         "evenly spread it would be %{customdata[2]:.1%}<extra></extra>",
         showlegend=False,

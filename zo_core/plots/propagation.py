@@ -158,7 +158,7 @@ def ablation(
             mode="lines+markers",
             line={"color": colour, "dash": dash, "width": 2},
             marker={"symbol": symbol, "size": 8},
-            customdata=table[["layer", name, f"{name}_own_change"]].to_numpy(),
+            customdata=table[["layer", name, f"{name}_own_change"]].to_numpy().tolist(),
             hovertemplate="layer %{x}: %{y:.3g} x the median layer<br>loss shift "
             "%{customdata[1]:.3g} nats, own output changes by %{customdata[2]:.3g}<extra></extra>",
         )

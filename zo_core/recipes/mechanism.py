@@ -8,14 +8,17 @@ import torch
 
 from zo_core.analysis.activations import ActivationScan
 from zo_core.analysis.interventions import INTERVENTIONS, intervene
-from zo_core.analysis.mechanism import find_sites, massive_tokens, trace, without_neurons
+from zo_core.analysis.mechanism import Traced, find_sites, massive_tokens, trace
 from zo_core.analysis.outliers import first_outlier_layer
 from zo_core.analysis.recording import Recording
-from zo_core.analysis.sinks import sink_shares
+from zo_core.analysis.sinks import sink_shares, without_sinks
 from zo_core.jobs import MechanismJob
 from zo_core.models import resident
+from zo_core.models.catalog import describe
+from zo_core.models.load import load_tokenizer
 from zo_core.progress import JobContext
 from zo_core.provenance import provenance
+from zo_core.recipes.scan import broken_layers
 from zo_core.runs import Run, to_json
 from zo_core.tasks.scoring import batches
 from zo_core.tasks.texts import texts_of, tokenise
@@ -23,11 +26,13 @@ from zo_core.tasks.texts import texts_of, tokenise
 
 def run_mechanism(job: MechanismJob, run: Run, context: JobContext) -> None:
     """Look into the massive activations of a model on some texts; tables as they are found."""
-    texts = texts_of(job)
+    info = describe(job.model, job.revision)
+    tokenizer = load_tokenizer(job, info)
+    # Before any weight is read: a text or a setting that cannot be used.
+    longest = min(job.max_tokens, info.context or tokenizer.model_max_length)
+    sequences = tokenise(texts_of(job), tokenizer, job.bos, longest)
     loaded = resident.acquire(job, context.log)
     began = time.perf_counter()
-    longest = min(job.max_tokens, loaded.context)
-    sequences = tokenise(texts, loaded.tokenizer, job.bos, longest)
     passes = len(list(batches(len(sequences), job.batch_size)))
     total = 2 * passes + 1 + len(INTERVENTIONS) * len(loaded.decoder)
     done = 0
@@ -42,6 +47,8 @@ def run_mechanism(job: MechanismJob, run: Run, context: JobContext) -> None:
     scan = ActivationScan(loaded, parts=False)
     scan.run(sequences, job.batch_size, lambda _done: context.check_cancelled())
     verdict = first_outlier_layer(job.rule, scan.layers())
+    for sentence in broken_layers(scan, loaded.dtype_name):
+        context.log(sentence)
     recording = Recording(loaded, sequences, job.batch_size, lambda: tick("reading the texts"))
     sites = find_sites(recording, job.channels)
     traced = trace(recording, sites)
@@ -57,8 +64,9 @@ def run_mechanism(job: MechanismJob, run: Run, context: JobContext) -> None:
     anywhere = [torch.stack(marked).any(0) for marked in zip(*places, strict=True)]
     sinks = sink_shares(recording, anywhere, lambda: tick("attention weights"))
     _write(run, "sinks", sinks)
-    if sinks.empty:
-        context.log("no attention weights: this family's attention does not return any")
+    no_sinks = without_sinks(recording, anywhere) if sinks.empty else ""
+    if no_sinks:
+        context.log(f"no attention sinks: {no_sinks}")
     base, table = intervene(recording, sites, lambda layer: tick(f"interventions, layer {layer}"))
     _write(run, "interventions", table)
 
@@ -76,7 +84,8 @@ def run_mechanism(job: MechanismJob, run: Run, context: JobContext) -> None:
         "channels": traced.sites["channel"].tolist(),
         "writer": _part(first, "writer"),
         "remover": _part(first, "remover"),
-        "neurons": without_neurons(loaded),
+        "neurons": _without_neurons(traced),
+        "sinks": no_sinks,
         "massive_tokens": int(sum(int(m.sum()) for m in anywhere)),
         "sink_share": None if sinks.empty else float(sinks["share"].max()),
         "loss": base,
@@ -86,6 +95,15 @@ def run_mechanism(job: MechanismJob, run: Run, context: JobContext) -> None:
         "seconds": round(time.perf_counter() - began, 3),
     }
     run.write_result("summary.json", to_json(summary))
+
+
+def _without_neurons(traced: Traced) -> str:
+    """Why no neurons are named; empty if they are."""
+    if not traced.neurons.empty:
+        return ""
+    if "mlp" in traced.sites[["writer", "remover"]].to_numpy():
+        return "the down-projections of this family cannot be read"
+    return "no MLP wrote or removed it"
 
 
 def _part(site: pd.Series, role: str) -> dict[str, Any] | None:
