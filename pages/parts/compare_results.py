@@ -51,7 +51,7 @@ def follow(comparison: Comparison) -> None:
     def tick() -> None:
         facts = facts_of(comparison)
         if facts is None or not any(row["n"] for row in facts["arms"]):
-            st.caption("Results appear with the first finished cell.")
+            st.caption("Results appear with the first finished run of an arm.")
             return
         results(facts)
 
@@ -86,7 +86,7 @@ def verdict(facts: Facts) -> None:
     found = {claim["key"]: claim for claim in facts["claims"]}
     with st.container(horizontal=True, key="verdict_cards"):
         for key in CLAIMS:
-            with st.container(border=True, width=330, height="stretch", key=f"claim_{key}"):
+            with st.container(border=True, width=320, height="stretch", key=f"claim_{key}"):
                 _card(key, found.get(key), facts)
     if facts["power"]:
         st.caption(facts["power"])
