@@ -10,11 +10,11 @@ from playwright.sync_api import Locator, Page, expect
 from tests.e2e.conftest import App
 from tests.e2e.test_main_job import SLOW, download, key, press, settled
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 SPEC = """
 title: two layers
 seeds: [0, 1, 2]
-steps: 60
+steps: 40
 batch_size: 4
 train_examples: 32
 eval_examples: 16
