@@ -103,7 +103,7 @@ def html_page(title: str, sections: Sequence[Section]) -> bytes:
     import plotly.io
 
     parts: list[str] = []
-    plotly_is_in = False
+    n_figures = 0
     for section in sections:
         if section.heading:
             parts.append(f"<h2>{html.escape(section.heading)}</h2>")
@@ -120,11 +120,12 @@ def html_page(title: str, sections: Sequence[Section]) -> bytes:
                     plotly.io.to_html(
                         white,
                         full_html=False,
-                        include_plotlyjs=not plotly_is_in,
+                        include_plotlyjs=n_figures == 0,
+                        div_id=f"figure-{n_figures}",
                         default_width="100%",
                     )
                 )
-                plotly_is_in = True
+                n_figures += 1
     return _PAGE.format(title=html.escape(title), body="\n".join(parts)).encode()
 
 
