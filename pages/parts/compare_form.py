@@ -75,7 +75,9 @@ def form(choice: Choice) -> None:
         problem = str(error)
     if spec is not None:
         st.caption(_cost(spec))
-        if source != YAML:
+        if source == YAML:
+            st.caption("The command below reads this text, saved as spec.yaml.")
+        else:
             _as_file(spec)
     _launch(spec, command, problem)
 

@@ -51,7 +51,7 @@ def follow(comparison: Comparison) -> None:
     def tick() -> None:
         facts = facts_of(comparison)
         if facts is None or not any(row["n"] for row in facts["arms"]):
-            st.caption("Results appear with the first finished cell.")
+            st.caption("Results appear with the first finished run of an arm.")
             return
         results(facts)
 
@@ -86,7 +86,7 @@ def verdict(facts: Facts) -> None:
     found = {claim["key"]: claim for claim in facts["claims"]}
     with st.container(horizontal=True, key="verdict_cards"):
         for key in CLAIMS:
-            with st.container(border=True, width=330, height="stretch", key=f"claim_{key}"):
+            with st.container(border=True, width=320, height="stretch", key=f"claim_{key}"):
                 _card(key, found.get(key), facts)
     if facts["power"]:
         st.caption(facts["power"])
@@ -107,7 +107,7 @@ def _card(key: str, claim: dict | None, facts: Facts) -> None:
             runs,
             hide_index=True,
             key=f"claim_{key}_table",
-            column_config={"run": st.column_config.LinkColumn("run", display_text=r"run=(.*)")},
+            column_config={"run": st.column_config.LinkColumn("run", display_text="open")},
         )
 
 
@@ -116,16 +116,16 @@ def _runs(facts: Facts, run_ids: list[str]) -> pd.DataFrame:
     wanted = set(run_ids)
     rows = [
         {
+            "run": f"fine_tune?run={cell['run_id']}",
             "task": cell["task"],
             "arm": cell["arm"],
             "seed": cell["seed"],
             "value (%)": None if cell["value"] is None else round(100 * cell["value"], 2),
-            "run": f"fine_tune?run={cell['run_id']}",
         }
         for cell in facts["cells"]
         if cell["run_id"] in wanted and cell["resolved_scope"] != "zero-shot"
     ]
-    return pd.DataFrame(rows, columns=["task", "arm", "seed", "value (%)", "run"])
+    return pd.DataFrame(rows, columns=["run", "task", "arm", "seed", "value (%)"])
 
 
 def arms(facts: Facts, task: str) -> None:

@@ -15,6 +15,8 @@ ALL = "all"
 """The task of rows over all tasks, where there are several."""
 ACTIVATION = ["layer", "top1", "median"]
 SENSITIVITY = ["task", "layer", "metric", "mean", "sd", "se", "n"]
+PARTS = {"arms", "claims", "correlations", "layers", "power", "precision", "search"}
+"""What readers need of ``table.json``."""
 CURVES = ["task", "arm", "seed", "forward_passes", "loss"]
 
 
@@ -29,9 +31,9 @@ class Facts:
 
     @classmethod
     def read(cls, comparison: Comparison) -> "Facts | None":
-        """The results as they are now; None while there are none."""
+        """The results as they are now; None while there are none, or only an earlier version's."""
         found = comparison.read_json("table.json")
-        if found is None:
+        if found is None or not found.keys() >= PARTS:
             return None
         try:
             curves = pd.read_parquet(comparison.path / "curves.parquet")

@@ -27,7 +27,7 @@ def comparison_report(comparison: Comparison) -> bytes:
     if facts is None:
         raise UserError(
             f"Comparison {comparison.comparison_id} has no tables yet: they are there a few "
-            "seconds after it has started."
+            "seconds after it has started; --resume writes those of an earlier version anew."
         )
     status, spec = comparison.status(), facts.spec
     done = f"{status.done} of {status.total} cells done" if status.total else ""
