@@ -178,15 +178,17 @@ class Statistics:
         variance = s2 - s1 * s1
         fourth = s4 - 4 * s1 * s3 + 6 * s1 * s1 * s2 - 3 * s1**4
         below = counts.cumsum(0)
+        ranks = torch.tensor([-(-rank * count // 1000) for rank in QUANTILES.values()])
+        bins = torch.searchsorted(below, ranks)
         found: dict[str, float] = {f"top{r + 1}": v for r, v in enumerate(self._tops())}
-        for name, thousandth in QUANTILES.items():
-            found[name] = _middle(below, -(-thousandth * count // 1000)) if count else math.nan
+        middles = _middles(bins) if count else [math.nan] * len(QUANTILES)
+        found |= dict(zip(QUANTILES, middles, strict=True))
         found["mean"] = total
         found["rms"] = math.sqrt(s2) if count else math.nan
         found["kurtosis"] = fourth / variance**2 if count and variance > 0 else math.nan
         for name, threshold in ABOVE.items():
-            edge = _bin(threshold)
-            found[name] = int(counts[edge:].sum()) / count if count else math.nan
+            smaller = int(below[_bin(threshold) - 1])
+            found[name] = (count - smaller) / count if count else math.nan
         found["count"], found["nonfinite"] = count, nonfinite
         return found
 
@@ -209,9 +211,8 @@ def _bin(value: float) -> int:
     return int(torch.tensor(value).view(torch.int32)) >> SHIFT
 
 
-def _middle(below: torch.Tensor, rank: int) -> float:
-    """Middle of the bin that holds the entry of a rank, counted from 1."""
-    index = int((below < rank).sum())
-    edges = torch.tensor([index << SHIFT, (index + 1) << SHIFT], dtype=torch.int32)
-    low, high = edges.view(torch.float32).tolist()
-    return low + (high - low) / 2 if math.isfinite(high) else low
+def _middles(bins: torch.Tensor) -> list[float]:
+    """Middle of each bin; of the last finite one, its lower edge."""
+    low = (bins << SHIFT).to(torch.int32).view(torch.float32)
+    high = ((bins + 1) << SHIFT).to(torch.int32).view(torch.float32)
+    return torch.where(high.isinf(), low, low + (high - low) / 2).tolist()
