@@ -74,7 +74,7 @@ def form(choice: Choice) -> None:
                 value=fields[name].default,
                 step=1,
                 key=f"scan_{name}",
-                width=190,
+                width=180,
                 persist_state="session",
             )
         values["bos"] = st.selectbox(
@@ -82,7 +82,7 @@ def form(choice: Choice) -> None:
             list(BOS),
             format_func=BOS.get,
             key="scan_bos",
-            width=190,
+            width=180,
             persist_state="session",
             help="The first token carries massive activations: BOS changes the answer.",
         )
@@ -91,7 +91,7 @@ def form(choice: Choice) -> None:
             list(PLACEMENT),
             format_func=PLACEMENT.get,
             key="scan_placement",
-            width=190,
+            width=180,
             persist_state="session",
             help="For models larger than the device: keep there what fits, the rest in CPU memory "
             "or on disk; or read one decoder block at a time from the files: a few GB are enough.",
