@@ -20,13 +20,14 @@ NUMBERS = {
     "batch_size": ("Sequences a pass", "More is faster on a GPU, and needs more memory."),
 }
 PLACEMENTS = {
-    "resident": "whole, on the device",
-    "offload": "what does not fit waits in memory or on disk",
-    "stream": "one block at a time from the files",
+    "resident": "on the device",
+    "offload": "what fits",
+    "stream": "a block at a time",
 }
 PLACEMENT_HELP = (
-    "Streaming scans a model of 7 or 8 billion parameters in a few GB of memory: a block is read "
-    "from its safetensors files, used for all texts, and dropped. The numbers are the same."
+    "For models larger than the device: keep there what fits, the rest in CPU memory or on disk. A "
+    "block at a time scans 7 or 8 billion parameters in a few GB of memory: each block is read from "
+    "its safetensors files, used for all texts, and dropped. The numbers are the same."
 )
 BOS_HELP = (
     "The first token carries massive activations, so BOS changes the answer: Phi-2 has them from "
@@ -65,7 +66,7 @@ def form(choice: Choice) -> None:
                 value=ScanJob.model_fields[name].default,
                 step=1,
                 key=f"scan_{name}",
-                width=190,
+                width=175,
                 persist_state="session",
                 help=help_text,
             )
@@ -74,7 +75,7 @@ def form(choice: Choice) -> None:
             list(BOS),
             format_func=BOS.get,
             key="scan_bos",
-            width=190,
+            width=175,
             persist_state="session",
             help=BOS_HELP,
         )
@@ -83,7 +84,7 @@ def form(choice: Choice) -> None:
             list(PLACEMENTS),
             format_func=PLACEMENTS.get,
             key="scan_placement",
-            width=300,
+            width=175,
             persist_state="session",
             help=PLACEMENT_HELP,
         )

@@ -2,11 +2,16 @@
 
 import pytest
 import torch
+from hypothesis import settings
 
 from zo_core.jobs import ModelFields
 from zo_core.models.load import LoadedModel, load
 from zo_core.tasks.data import load_task
 from zo_core.tasks.templates import Example, encode
+
+# How long a case takes says how busy the machine is.
+settings.register_profile("unit", deadline=None)
+settings.load_profile("unit")
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

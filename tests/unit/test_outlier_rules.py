@@ -267,7 +267,7 @@ def test_thresholds_go_to_their_own_rule() -> None:
     assert consensus(verdicts) == "5 of 7 rules name layer 3; 2 name none."
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(st.randoms(use_true_random=False))
 def test_order_of_the_rows_matters_to_no_rule(draw: object) -> None:
     tables = whole(massive=True)

@@ -67,7 +67,7 @@ def test_scale_of_the_magnitudes_does_not_matter(
         assert first_outlier_layer(rule, scaled).layer == first_outlier_layer(rule, layers).layer
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(planted(), st.randoms(use_true_random=False))
 def test_order_of_the_rows_does_not_matter(case: tuple[pd.DataFrame, int], draw: object) -> None:
     layers, _ = case
