@@ -25,9 +25,9 @@ PLACEMENTS = {
     "stream": "a block at a time",
 }
 PLACEMENT_HELP = (
-    "For models larger than the device: keep there what fits, the rest in CPU memory or on disk. A "
-    "block at a time scans 7 or 8 billion parameters in a few GB of memory: each block is read from "
-    "its safetensors files, used for all texts, and dropped. The numbers are the same."
+    "For models larger than the device: keep there what fits, the rest in CPU memory or on disk. "
+    "A block at a time scans 7 or 8 billion parameters in a few GB of memory: each block is read "
+    "from its safetensors files, used for all texts, and dropped. The numbers are the same."
 )
 BOS_HELP = (
     "The first token carries massive activations, so BOS changes the answer: Phi-2 has them from "
