@@ -26,7 +26,7 @@ PLACEMENTS = {
 }
 PLACEMENT_HELP = (
     "For models larger than the device: keep there what fits, the rest in CPU memory or on disk. A "
-    "block at a time scans 7 or 8 billion parameters in a few GB of memory: each block is read from "
+    "block at a time scans 7 or 8 billion parameters in a few GB of memory: each is read from "
     "its safetensors files, used for all texts, and dropped. The numbers are the same."
 )
 BOS_HELP = (
