@@ -185,17 +185,16 @@ def show(entry: history.Entry) -> None:
                 ):
                     st.switch_page(PAGES["fine_tune"], query_params={"scope": f"layer:{layer}"})
     measured = [m for m in plots.METRICS if m in set(layers["metric"])]
-    with st.container(horizontal=True):
-        metric = st.segmented_control(
-            "Metric",
-            measured,
-            format_func=lambda m: plots.METRICS[m][0],
-            default=measured[0],
-            key="probe_metric",
-            required=True,
-            persist_state="session",
-        )
-        shown = perturbation(layers, scaled)
+    metric = st.segmented_control(
+        "Metric",
+        measured,
+        format_func=lambda m: plots.METRICS[m][0],
+        default=measured[0],
+        key="probe_metric",
+        required=True,
+        persist_state="session",
+    )
+    shown = perturbation(layers, scaled)
     figure = plots.sensitivity(shown, metric, first, job.layers or range(n_layers))
     figure.update_layout(uirevision=f"{entry.run_id}-{metric}")
     live_chart(figure, key="probe_chart")

@@ -13,8 +13,8 @@ METRICS = {
     "projected_gradient": ("Projected gradient (signed)", "nats per unit of z"),
     "loss_shift": ("Loss shift", "nats"),
     "output_kl": ("Output KL", "nats"),
-    "own_output_change": ("Change of the own output", "relative"),
-    "final_output_change": ("Change of the last block's output", "relative"),
+    "own_output_change": ("Own change", "relative change of the layer's own output"),
+    "final_output_change": ("Final change", "relative change of the last block's output"),
 }
 """Metrics of a probe: title and unit."""
 
