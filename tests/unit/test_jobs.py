@@ -88,7 +88,7 @@ BAD: list[tuple[str, str, object, str]] = [
     ("tune", "batch_size", 0, "greater than or equal to 1"),
     ("tune", "seed", -1, "greater than or equal to 0"),
     ("tune", "seed", 2**31, "less than 2147483648"),
-    ("tune", "rule", "sun", "'emergence', 'massive' or 'systematic'"),
+    ("tune", "rule", "sun", "'emergence', 'massive', 'systematic' or 'zscore'"),
     ("tune", "noise", "uniform", "'gaussian', 'rademacher' or 'sphere'"),
     ("tune", "path", "quick", "'auto', 'fast' or 'reference'"),
     ("tune", "task", "../sst2", "pattern"),

@@ -132,7 +132,8 @@ def test_lower_rooms_do_not_import_upper_ones() -> None:
             *("models", "export", "compare"),
         },
         "zo_core.reports": {
-            *("settings", "errors", "jobs", "runs", "analysis", "plots", "export", "reports"),
+            *("settings", "errors", "jobs", "runs", "analysis", "plots", "export", "compare"),
+            "reports",
         },
         "zo_core.export": {"settings", "errors", "jobs", "runs"},
         "zo_core.artifacts": {
