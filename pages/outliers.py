@@ -3,13 +3,13 @@
 import plotly.graph_objects as go
 import streamlit as st
 
-from pages.parts import history, run_view
+from pages.parts import history, launch, run_view
 from pages.parts.choice import current, line
 from pages.parts.frame import begin
 from pages.parts.scan_exports import exports
-from pages.parts.scan_form import form
 from pages.parts.scan_pictures import pictures
 from pages.parts.scans import Scan
+from pages.parts.text_fields import text_fields
 from pages.parts.verdict import judge, thresholds
 from pages.parts.words import plain
 from zo_core import plots
@@ -17,6 +17,7 @@ from zo_core.analysis.outliers import Verdict
 from zo_core.analysis.outliers.agreement import judge_all
 from zo_core.analysis.outliers.known import recognise
 from zo_core.analysis.outliers.weights import owl_weights
+from zo_core.jobs import ScanJob
 
 
 def choose_other(scan: Scan) -> Scan | None:
@@ -124,7 +125,9 @@ with (
         "New scan", expanded=shown is None, icon=":material/add:", key=f"new_scan_{shown is None}"
     ),
 ):
-    form(choice)
+    launch.launch_row(
+        ScanJob, text_fields("scan", ScanJob) | choice.fields(), "Scan", key="start_scan"
+    )
 if shown is None:
     if "run" not in st.query_params:
         st.info(

@@ -7,10 +7,32 @@ from pages.parts.forms import data_folder, task_picker
 
 TEXTS = {"sample": "Bundled passages", "prompt": "Own prompt", "task": "A task"}
 BOS = {"auto": "as the tokenizer does", "add": "add", "none": "leave out"}
+NUMBERS = {
+    "sequences": ("Sequences", "Texts that are read, one a sequence."),
+    "max_tokens": (
+        "Longest sequence (tokens)",
+        "Longer texts are cut. The first tokens carry most massive activations.",
+    ),
+    "batch_size": ("Sequences a pass", "More is faster on a GPU, and needs more memory."),
+}
+BOS_HELP = (
+    "The first token carries massive activations, so BOS changes the answer: Phi-2 has them from "
+    "layer 1 on without BOS and from layer 2 with it, Gemma-7B only with it."
+)
+PLACEMENTS = {
+    "resident": "on the device",
+    "offload": "what fits",
+    "stream": "a block at a time",
+}
+PLACEMENT_HELP = (
+    "For models larger than the device: keep there what fits, the rest in CPU memory or on disk. "
+    "A block at a time scans 7 or 8 billion parameters in a few GB of memory: each block is read "
+    "from its safetensors files, used for all texts, and dropped. The numbers are the same."
+)
 
 
 def text_fields(prefix: str, spec: type[BaseModel]) -> dict:
-    """Text source, number and length of texts, and BOS, as fields of a job spec."""
+    """Text source, number and length of texts, BOS, and placement if the job spec has one."""
     text = st.segmented_control(
         "Text",
         list(TEXTS),
@@ -34,11 +56,7 @@ def text_fields(prefix: str, spec: type[BaseModel]) -> dict:
             values["task"] = task_picker(prefix, own=False)
             values["data_dir"] = data_folder(prefix)
     with st.container(horizontal=True):
-        for name, label in (
-            ("sequences", "Sequences"),
-            ("max_tokens", "Longest sequence (tokens)"),
-            ("batch_size", "Sequences a pass"),
-        ):
+        for name, (label, help_text) in NUMBERS.items():
             if name == "sequences" and text == "prompt":
                 continue
             values[name] = st.number_input(
@@ -46,16 +64,27 @@ def text_fields(prefix: str, spec: type[BaseModel]) -> dict:
                 value=spec.model_fields[name].default,
                 step=1,
                 key=f"{prefix}_{name}",
-                width=190,
+                width=175,
                 persist_state="session",
+                help=help_text,
             )
         values["bos"] = st.selectbox(
             "BOS token",
             list(BOS),
             format_func=BOS.get,
             key=f"{prefix}_bos",
-            width=190,
+            width=175,
             persist_state="session",
-            help="The first token carries massive activations: BOS changes the answer.",
+            help=BOS_HELP,
         )
+        if "placement" in spec.model_fields:
+            values["placement"] = st.selectbox(
+                "Weights",
+                list(PLACEMENTS),
+                format_func=PLACEMENTS.get,
+                key=f"{prefix}_placement",
+                width=175,
+                persist_state="session",
+                help=PLACEMENT_HELP,
+            )
     return values
