@@ -140,7 +140,7 @@ def eps_sweep(sweep: pd.DataFrame, ranges: pd.DataFrame, layer: int) -> go.Figur
             y=1,
             yref="paper",
             yanchor="bottom",
-            text=f"recommended {row['recommended']:g}",
+            text=f"layer {layer}: at most {row['recommended']:g}",
             font={"color": OKABE_ITO[2], "size": 13},
             showarrow=False,
         )
