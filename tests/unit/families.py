@@ -6,6 +6,7 @@ block output of that layer, at that token, in that channel is massive, and stays
 """
 
 import shutil
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +70,8 @@ class Plant:
 def build(family: str, plant: Plant | None = None, seed: int = 0) -> PreTrainedModel:
     """A random float32 model whose residual stream grows by little; with or without a plant."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
+    # A copy: whoever gives the model another dtype writes it into its configuration.
+    model = AutoModelForCausalLM.from_config(deepcopy(CONFIGS[family])).eval()
     with torch.no_grad():
         embedding = model.get_input_embeddings().weight
         embedding.normal_()
