@@ -133,7 +133,10 @@ def _html_table(table: pd.DataFrame) -> str:
     def cell(value: object) -> str:
         if value is None or value is pd.NA or value != value:
             return ""
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
+        if not isinstance(value, float):
+            return str(value)
+        # Counts beside empty cells are floats, too.
+        return f"{value:.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.4g}"
 
     def row(tag: str, cells: Iterable[object]) -> str:
         return "".join(f"<{tag}>{html.escape(cell(c))}</{tag}>" for c in cells)

@@ -63,7 +63,9 @@ def form(choice: Choice) -> None:
     try:
         if source == YAML:
             fields, over = _yaml_fields(), _model(choice)
-            over = {n: v for n, v in over.items() if n not in fields}
+            inner = fields.get("common")
+            said = fields | inner if isinstance(inner, dict) else fields
+            over = {n: v for n, v in over.items() if n not in said}
             command = command_of("spec.yaml", {}, over)
         else:
             fields = _preset(source, choice.model, choice.revision)
@@ -159,6 +161,8 @@ def _common_fields(source: str, fields: dict[str, Any]) -> dict[str, Any]:
     given["steps"] = fields["steps"] if given["steps"] is None else given["steps"]
     if search is not None:
         given["search_steps"] = search
+    elif fields.get("search_steps") is not None:  # emptied by the user
+        given["search_steps"] = given["steps"]
     if folder is not None:
         given["data_dir"] = folder
     return given

@@ -36,7 +36,10 @@ def spec_of(comparison: Comparison) -> CompareSpec:
 
 def title(comparison: Comparison) -> str:
     """What tells a comparison from others."""
-    spec = spec_of(comparison)
+    try:
+        spec = spec_of(comparison)
+    except (OSError, ValueError):
+        return "its spec cannot be read"
     named = spec.title.partition(":")[0] or f"{len(spec.arms)} arms"
     seeds = f"{len(spec.seeds)} seed{'' if len(spec.seeds) == 1 else 's'}"
     return " · ".join([named, spec.model, ", ".join(spec.tasks), seeds])
@@ -85,6 +88,15 @@ def pick() -> Comparison | None:
                 comparison=st.session_state["shown_comparison"]
             ),
         )
+    try:
+        spec_of(listed[shown])
+    except (OSError, ValueError):
+        st.error(
+            f"The spec of comparison {plain(shown[:80])} cannot be read: it may be of another "
+            "version of ZOScope.",
+            icon=":material/error:",
+        )
+        return None
     return listed[shown]
 
 

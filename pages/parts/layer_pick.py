@@ -11,8 +11,8 @@ def restore(key: str, run_id: str, layers: Sequence[int], default: int) -> int:
     """The chosen layer before its list is drawn: clicks land in the key, links in the URL."""
     asked = st.query_params.get("layer", "")
     if st.session_state.get(f"{key}_of") != run_id or st.session_state.get(key) not in layers:
-        in_url = asked.isdecimal() and int(asked) in layers
-        st.session_state[key] = int(asked) if in_url else default
+        linked = {str(layer): layer for layer in layers}
+        st.session_state[key] = linked.get(asked, default)
     st.session_state[f"{key}_of"] = run_id
     chosen = st.session_state[key]
     if asked != str(chosen):

@@ -57,7 +57,9 @@ class Scan:
     def channels(self) -> pd.DataFrame:
         """Largest magnitude by layer and channel."""
         table = self.tables.channels
-        return pd.DataFrame(columns=["layer", "channel", "magnitude"]) if table is None else table
+        if table is None:
+            return pd.DataFrame(columns=["layer", "channel", "magnitude"], dtype=float)
+        return table
 
     def parts(self) -> list[str]:
         """The parts that the scan has statistics of."""

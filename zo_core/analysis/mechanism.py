@@ -151,7 +151,8 @@ class _BlockTrace:
         self.seen: list[_Seen] = []
 
     def attach(self) -> list[Any]:
-        linears = self._parts.mlp_linears if self._parts.experts is None else ()
+        parts = self._parts
+        linears = parts.mlp_linears if parts.experts is None and parts.readable else ()
         handles: list[Any] = [m.register_forward_hook(self._linear) for m in linears]
         if self._parts.experts is not None:
             experts = self._parts.experts.module

@@ -213,8 +213,9 @@ def equalise_layer(
     start = {d: v for k, d, m, v in tables.draws if k == layer and m == "own_output_change"}
     for number in range(settings.draws):
         draw = settings.draw(number)
-        factor = target / start[number] if start[number] else 1.0
-        for _ in range(CALIBRATIONS):
+        # Where most layers change nothing at this eps there is nothing to make equal.
+        factor = target / start[number] if target and start[number] else 1.0
+        for _ in range(CALIBRATIONS if target else 0):
             eps = settings.eps * factor
             reached = batches[0].own_change(layer, scope, (Point(draw, eps), Point(draw, -eps)))
             if not reached or abs(reached / target - 1) <= CALIBRATED:

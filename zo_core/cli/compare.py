@@ -163,6 +163,8 @@ def _run(comparison: Comparison, as_json: bool, out: Path | None) -> None:
             finished = run_comparison(comparison, _Lines(), stop)
         except UserError as caught:
             error = str(caught)
+        except OSError as caught:
+            error = f"The comparison's folder cannot be written: {caught}."
     facts = comparison.read_json("table.json") or {"comparison_id": comparison.comparison_id}
     if out is not None:
         for name in RESULTS:

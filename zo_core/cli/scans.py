@@ -8,7 +8,7 @@ import typer
 
 from zo_core import runs
 from zo_core.analysis.outliers.known import KNOWN, KnownModel, Published, recognise
-from zo_core.cli.launch import FAILED, follow, launch, refuse, writable
+from zo_core.cli.launch import CANCELLED, FAILED, follow, launch, refuse, writable
 from zo_core.errors import UserError
 from zo_core.models.catalog import ModelError, cached_folder, describe
 from zo_core.runs import to_json
@@ -105,7 +105,11 @@ def check(local: Local, answer: Published, options: dict[str, Any], json: bool) 
     run = launch(fields, json)
     status = follow(run, json)
     row: dict[str, Any] = {"model": local.model, "name": local.known.name, "by": local.by}
-    row |= {"run_id": run.run_id, "published": asdict(answer) | {"sentence": answer.sentence}}
+    row |= {
+        "run_id": run.run_id,
+        "state": status.state,
+        "published": asdict(answer) | {"sentence": answer.sentence},
+    }
     if status.state != "done":
         error = status.error or status.message or f"The scan was {status.state}."
         return row | {"agrees": None, "error": error}
@@ -150,8 +154,15 @@ def verify_known(
             row = check(local, answer, options, json)
             rows.append(row)
             typer.echo(_line(row), err=json)
+            if row["state"] == "cancelled":  # by Ctrl-C: the others were not wanted either
+                break
+        else:
+            continue
+        break
     if json:
         typer.echo(to_json({"checked": rows, "unknown": others}))
+    if any(row["state"] == "cancelled" for row in rows):
+        raise typer.Exit(CANCELLED)
     if not all(row["agrees"] for row in rows):
         raise typer.Exit(FAILED)
 

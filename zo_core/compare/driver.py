@@ -15,6 +15,7 @@ What happens to a cell:
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Event
 from typing import Any
@@ -146,7 +147,11 @@ class Driver:
             if before.state in ("interrupted", "cancelled") and isinstance(cell, Cell):
                 return backend.resume(before.run_id).run_id
         run_id = backend.submit(cell.job(self._spec)).run_id
-        self._comparison.record(cell, run_id)
+        try:
+            self._comparison.record(cell, run_id)
+        except OSError:
+            backend.cancel(run_id)  # nobody would know whose it is
+            raise
         return run_id
 
     def _wait(self, show: Callable[[Snapshot], None], stop: Event) -> None:
@@ -281,8 +286,9 @@ def run_comparison(
             if backend.engine_status()[0] == "failed":
                 raise UserError(backend.engine_status()[1])
             finished = driver.run(show_and_record, stop or Event())
-        except UserError as error:
-            recorder.end("failed", str(error))
+        except (UserError, OSError) as error:
+            with suppress(OSError):
+                recorder.end("failed", str(error))
             raise
         recorder.end("done" if finished else "cancelled")
         return finished

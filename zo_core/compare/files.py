@@ -54,6 +54,15 @@ def read_fields(
     return parse_fields(text, str(path))
 
 
+class _Loader(yaml.SafeLoader):
+    """Without aliases: a few hundred bytes of them can stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not read here")
+        return super().compose_node(parent, index)
+
+
 def parse_fields(text: str, name: str) -> dict[str, Any]:
     """The fields that a YAML text holds; ``name`` is what errors call it.
 
@@ -61,8 +70,8 @@ def parse_fields(text: str, name: str) -> dict[str, Any]:
         UserError: it is no YAML, or no mapping.
     """
     try:
-        fields = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        fields = yaml.load(text, _Loader)  # noqa: S506 - a safe loader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(
             f"{name} cannot be read as YAML: {' '.join(str(error).split())}."
         ) from error
@@ -79,6 +88,8 @@ def make_spec(fields: dict[str, Any], over: dict[str, Any]) -> CompareSpec:
     Raises:
         UserError: a field is wrong.
     """
+    if not isinstance(fields.get("common") or {}, dict):
+        raise UserError("common holds no fields: write `common: {batch_size: 4}`.")
     if {"steps", "forward_passes"} & over.keys():
         fields = {n: v for n, v in fields.items() if n not in ("steps", "forward_passes")}
     common = {**(fields.get("common") or {}), **{n: v for n, v in over.items() if n in COMMON}}
@@ -116,11 +127,7 @@ def command_of(source: str, fields: Mapping[str, Any], over: Mapping[str, Any]) 
     for name, value in over.items():
         if value == (defaults | dict(fields)).get(name):
             continue
-        text = (
-            ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in value)
-            if isinstance(value, list)
-            else str(value)
-        )
+        text = ",".join(str(v) for v in value) if isinstance(value, list) else str(value)
         if name in OPTIONS:
             words += [OPTIONS[name], text]
         else:
@@ -151,5 +158,6 @@ def placed(spec: CompareSpec) -> CompareSpec:
         check_folder(spec.probe_job(one))
         for arm in spec.arms:
             if arm.tunes:
-                check(spec.job(arm, one, spec.seeds[0]))
+                for seed in spec.seeds if "{seed}" in arm.scope else spec.seeds[:1]:
+                    check(spec.job(arm, one, seed))
     return spec

@@ -51,6 +51,8 @@ def search_notes(facts: dict[str, Any]) -> list[str]:
     """What the search for learning rates cost, and where its answer is not the last word."""
     tried, spec = facts["search"], facts["spec"]
     if not tried:
+        if facts["searches"]:
+            return ["No search for a learning rate has ended yet."]
         return ["No learning rate was searched: each arm ran with one."]
     passes = sum(row["forward_passes"] for row in tried)
     notes = [

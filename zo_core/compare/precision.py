@@ -81,8 +81,12 @@ def _counterpart(results: Results, arm: Arm) -> Arm | None:
 
 def _answer(results: Results, values: Values, base: Values) -> dict[str, Any]:
     paired = compare(values, base)
+    missing = len(values) - paired.n
     finding = paired.reason
-    if not finding:
+    if not finding and missing:
+        # In-place arithmetic that diverges is an answer: a mean over the rest would hide it.
+        finding = f"{missing} of {len(values)} pairs have a run that is not finished or failed"
+    elif not finding:
         d = clean([_minus(a, b) for a, b in zip(values, base, strict=True)])
         finding = "no change beyond the margin" if _within(results, d) else "no change shown"
     return {

@@ -82,7 +82,14 @@ class Facts:
         gains = self.table("layers")
         felt = pd.DataFrame(self.all["sensitivity"], columns=SENSITIVITY)
         arms = self.arms(task).set_index("arm")
-        full = next((a for a in self.spec.arms if a.scope == "full" and not a.settings), None)
+        full = next(
+            (
+                arm
+                for arm in self.spec.arms
+                if (arm.scope, arm.optimizer, arm.settings) == ("full", "zo-sgd", {})
+            ),
+            None,
+        )
         row = arms.loc[full.name] if full is not None and full.name in arms.index else None
         lead = None
         if row is not None and pd.notna(row["mean"]) and pd.notna(row["before"]):

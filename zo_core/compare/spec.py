@@ -38,7 +38,10 @@ def _gather(value: object, into: str, names: frozenset[str]) -> object:
     if not isinstance(value, Mapping):
         return value
     flat = {str(name): item for name, item in value.items() if name not in names}
-    kept = dict(flat.get(into) or {})
+    inner = flat.get(into) or {}
+    if not isinstance(inner, Mapping):
+        raise ValueError(f"{into} must hold fields, for example {into}: {{batch_size: 4}}")
+    kept = dict(inner)
     kept |= {str(name): item for name, item in value.items() if name in names}
     return flat | {into: kept}
 
@@ -261,7 +264,7 @@ class CompareSpec(BaseModel):
         if arm.lr is not None:
             return arm.lr
         middle = recommended_lr(self.model, arm.scope, arm.optimizer)
-        return [float(f"{middle * factor:.6g}") for factor in self.lr_factors]
+        return sorted({float(f"{middle * factor:.6g}") for factor in self.lr_factors})
 
     def most_tries(self, arm: Arm) -> int:
         """Learning rates that are tried at most; 1 if there is one only, which is not tried."""

@@ -148,6 +148,7 @@ def as_dict(comparison: Comparison, results: Results) -> dict[str, Any]:
         "sensitivity": _records(sensitivity),
         "correlations": _records(correlations(gains, activation, sensitivity)),
         "precision": _records(precision_table(results)),
+        "searches": any(len(results.spec.grid(arm)) > 1 for arm in results.spec.arms if arm.tunes),
         "search": _records(search_table(results)),
         "claims": [asdict(claim) for claim in claims],
         "power": power_note(len(results.units), decided_together, results.spec.alpha)

@@ -98,7 +98,8 @@ class _Roles:
 
     def _alike(self, arm: Arm) -> bool:
         first = self.dominant
-        return first is None or (arm.optimizer, arm.settings) == (first.optimizer, first.settings)
+        like = ("zo-sgd", {}) if first is None else (first.optimizer, first.settings)
+        return (arm.optimizer, arm.settings) == like
 
 
 # -- the claims -------------------------------------------------------------------------------

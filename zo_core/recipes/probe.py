@@ -21,7 +21,7 @@ from zo_core.provenance import provenance
 from zo_core.runs import Run, to_json
 from zo_core.tasks.data import TaskData, load_job_task
 from zo_core.tasks.templates import Example, encode_rows
-from zo_core.zo.forward import ReferenceForward
+from zo_core.zo.forward import FastForward, ReferenceForward
 from zo_core.zo.layerwise import LayerwiseBatch
 from zo_core.zo.path import choose_forward
 from zo_core.zo.scope import check_layer
@@ -98,11 +98,9 @@ def _batches(
         context.log(f"{cut} rows are longer than {loaded.context} tokens allow: cut on the left")
     forward, reason = choose_forward(loaded, "auto", 0, encoded[0][:2])
     context.log(f"{forward.name} path: {reason}")
-    reference = forward.name == "reference"
-    return [
-        LayerwiseBatch(loaded, examples, ReferenceForward(loaded) if reference else None)
-        for examples in encoded
-    ]
+    # One path for all batches: each would keep two perturbed copies of the layer.
+    shared = ReferenceForward(loaded) if forward.name == "reference" else FastForward(loaded)
+    return [LayerwiseBatch(loaded, examples, shared) for examples in encoded]
 
 
 def _largest(table: pd.DataFrame, metric: str) -> int | None:

@@ -140,6 +140,7 @@ def _tune(
         def come_back() -> None:
             """As a resumed run does: a step that broke off may have moved some of the weights."""
             nonlocal progress, recorded
+            progress = Progress()  # on the way back the weights are of no step to be saved
             optimizer.load({})
             scope.load(scope.base)
             records, at = restore_run(run, job, scope, optimizer, replayed)

@@ -50,8 +50,8 @@ class LayerwiseBatch:
         Args:
             loaded: the model, with its base weights.
             examples: the batch.
-            forward: which path; None: the fast one. It is this batch's alone to move between
-                layers.
+            forward: which path; None: a fast one of its own. Batches may share one: each moves it
+                to the layer it asks for.
         """
         self._loaded = loaded
         self._forward = forward or FastForward(loaded)

@@ -142,7 +142,7 @@ class TunedScope:
         Draws of one step are kept as far as ``NOISE_BOUND`` allows.
         """
         if self._held_step != (draw.noise, draw.seed, draw.step):
-            self._noise, self._held, self._factors = {}, 0, {}
+            self.forget()
             self._held_step = (draw.noise, draw.seed, draw.step)
         if (name, draw) in self._noise:
             return self._noise[name, draw]
@@ -156,6 +156,11 @@ class TunedScope:
             self._noise[name, draw] = z
             self._held += z.numel()
         return z
+
+    def forget(self) -> None:
+        """Free the perturbations that are kept."""
+        self._noise, self._held, self._factors = {}, 0, {}
+        self._held_step = None
 
     def _direction(self, name: str, draw: Draw) -> torch.Tensor:
         parameter = self.parameters[name]

@@ -313,3 +313,4 @@ def replay(
             optimizer.update(scope, draws, record["g"], record["lr"])
         else:
             scope.restore()
+    scope.forget()
