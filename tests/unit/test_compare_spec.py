@@ -304,3 +304,27 @@ def test_places_are_absolute_and_hold_the_rows(
         (tmp_path / f"here/sst2/{split}.jsonl").touch()
     found = placed(spec_of(tasks=["sst2"], data_dir="here"))
     assert found.common["data_dir"] == str(tmp_path / "here")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "title: 2020-13-45",
+        "a: " + "[" * 3000,
+        "steps: " + "9" * 5000,
+        "common: [1]",
+        "arms: [{name: x, scope: full, settings: 5}]\nsteps: 3",
+        "a: &a [x]\ntitle: [*a, *a]",
+    ],
+    ids=["date", "deep", "digits", "common", "settings", "alias"],
+)
+def test_yaml_that_is_no_spec_is_a_sentence(text: str) -> None:
+    """Whatever the parser chokes on; and aliases, of which a few lines can stand for gigabytes."""
+    with pytest.raises(UserError) as caught:
+        make_spec(parse_fields(text, "mine.yaml"), {})
+    assert len(str(caught.value)) < 6000
+
+
+def test_a_grid_has_no_rate_twice() -> None:
+    spec = spec_of(lr_factors=[1, 1.0000001])
+    assert len(spec.grid(spec.arms[0])) == 1

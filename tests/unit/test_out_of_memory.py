@@ -193,6 +193,35 @@ def test_an_update_that_breaks_off_is_undone(
     assert [r["step"] for r in steps_of(broken)] == [1, 2, 3, 4, 5]
 
 
+def test_a_cancel_on_the_way_back_keeps_the_right_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of a step half replayed are no checkpoint: the resumed run ends at the same bits."""
+    job = TuneJob(**(SMALL | {"steps": 6, "eval_every": 0}))
+    whole = go(job)
+    calls, report, step = 0, JobContext.progress, TunedScope._step
+
+    def breaks(scope: TunedScope, *args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 4 * len(scope.parameters) + 1:  # in the update of step 5
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        step(scope, *args)
+
+    def cancels(context: JobContext, at: int, total: int, message: str) -> None:
+        if message == "replaying step 2":
+            raise Cancelled
+        report(context, at, total, message)
+
+    part = runs.create(job, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(TunedScope, "_step", breaks)
+        patch.setattr(JobContext, "progress", cancels)
+        with pytest.raises(Cancelled):
+            go(job, part)
+    go(job, part)
+    assert same(whole, part)
+    assert steps_of(whole) == steps_of(part)
+
+
 def test_one_example_that_does_not_fit_ends_the_run() -> None:
     """With one sentence; what was reached is kept."""
     run = runs.create(TuneJob(**SMALL), None)
