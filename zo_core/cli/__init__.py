@@ -160,6 +160,8 @@ def bench(
 ) -> None:
     """Time the main job here, a step (--shape), a probe (--probe) or a scan (--scan) of a shape."""
     if probe_shape is not None:
+        if out is not None:
+            refuse("--out goes with --shape or --scan: --probe prints its numbers.", json)
         probe_bench(probe_shape, draws, everything, device, dtype, json)
         return
     if scan_shape is not None:
