@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
+from tests.e2e.actions import SLOW, download, key, press, settled
 from tests.e2e.conftest import App
-from tests.e2e.test_main_job import SLOW, download, key, press, settled
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 SPEC = """

@@ -8,20 +8,10 @@ import pandas as pd
 import pytest
 from playwright.sync_api import Page, expect
 
+from tests.e2e.actions import SLOW, click_chart, download, fill, key, press, settled
 from tests.e2e.conftest import App
-from tests.e2e.test_main_job import SLOW, download, fill, key, press, settled
 
 pytestmark = pytest.mark.e2e
-
-
-def click_chart(page: Page, name: str, across: float, down: float) -> None:
-    """Click into the plot area of a chart, at shares of its width and height."""
-    area = key(page, name).locator(".nsewdrag").first
-    area.scroll_into_view_if_needed()
-    page.wait_for_timeout(500)
-    box = area.bounding_box()
-    assert box is not None
-    page.mouse.click(box["x"] + box["width"] * across, box["y"] + box["height"] * down)
 
 
 def test_mechanism_of_the_bundled_model(page: Page, app: App, tmp_path: Path) -> None:

@@ -8,44 +8,10 @@ import pandas as pd
 import pytest
 from playwright.sync_api import Page, expect
 
+from tests.e2e.actions import SLOW, click_chart, download, fill, key, press, settled
 from tests.e2e.conftest import App
 
 pytestmark = pytest.mark.e2e
-SLOW = 90_000  # milliseconds; jobs on a busy two-core machine
-
-
-def settled(page: Page) -> None:
-    """Wait until the script of the page has run."""
-    page.wait_for_selector('[data-test-script-state="notRunning"]')
-
-
-def key(page: Page, name: str):  # noqa: ANN201 - a playwright Locator
-    """The element of a widget key."""
-    return page.locator(f".st-key-{name}")
-
-
-def press(page: Page, name: str) -> None:
-    """Click the button of a widget key."""
-    key(page, name).get_by_role("button").first.click()
-
-
-def fill(page: Page, name: str, value: str) -> None:
-    """Type into the field of a widget key and leave it."""
-    field = key(page, name).locator("input").first
-    field.fill(value)
-    field.press("Enter")
-    settled(page)
-
-
-def download(page: Page, name: str, folder: Path) -> Path:
-    """Press a download button once the page is at rest; the file's path."""
-    page.wait_for_timeout(1500)  # the rerun that ends a live view may not have begun
-    settled(page)
-    with page.expect_download() as waiting:
-        press(page, name)
-    target = folder / waiting.value.suggested_filename
-    waiting.value.save_as(target)
-    return target
 
 
 def passes(page: Page) -> int:
@@ -84,12 +50,7 @@ def test_load_scan_and_click_a_layer(page: Page, app: App, tmp_path: Path) -> No
     fill(page, "rule_emergence_ratio", "100")
     expect(verdict).to_contain_text("Layer 3")
 
-    chart = key(page, "channel_chart").locator(".nsewdrag").first
-    chart.scroll_into_view_if_needed()
-    page.wait_for_timeout(500)
-    box = chart.bounding_box()
-    assert box is not None
-    page.mouse.click(box["x"] + box["width"] * 0.5, box["y"] + box["height"] * 0.97)
+    click_chart(page, "channel_chart", 0.5, 0.97)
     expect(key(page, "layer_detail")).not_to_contain_text("layer 3 ", timeout=10_000)
 
     key(page, "outlier_part").get_by_text("Down-projection input").click()

@@ -8,8 +8,8 @@ import plotly.graph_objects as go
 
 from zo_core.analysis.epsilon import TOLERANCE, deviations
 from zo_core.plots.probe import intervals
-from zo_core.plots.propagation import layer_axis, mark
-from zo_core.plots.style import GREY, OKABE_ITO, finish
+from zo_core.plots.propagation import layer_axis
+from zo_core.plots.style import GREY, OKABE_ITO, finish, mark
 
 POINTS = 100
 """Draws of a layer shown as points; the box is of all."""

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from zo_core.plots.propagation import layer_axis, layer_ticks, mark
-from zo_core.plots.style import ACCENT, GREY, OKABE_ITO, finish, number
+from zo_core.plots.propagation import layer_axis, layer_ticks
+from zo_core.plots.style import ACCENT, GREY, OKABE_ITO, explain_outline, finish, mark, number
 
 INTERVENTIONS = {
     "zero": ("set to zero", OKABE_ITO[0], "solid", "circle"),
@@ -124,17 +124,7 @@ def sinks(table: pd.DataFrame, first: int | None = None, selected: int | None = 
     if first is not None:
         line = {"color": ACCENT, "width": 2.5}
         figure.add_shape(**edge, y0=first - 0.5, y1=first + 0.5, line=line)
-        figure.add_annotation(
-            x=0,
-            xref="paper",
-            xanchor="left",
-            y=1,
-            yref="paper",
-            yanchor="bottom",
-            showarrow=False,
-            text=f"outlined: layer {first}, the first outlier layer",
-            font={"color": ACCENT, "size": 13},
-        )
+        explain_outline(figure, first)
     figure.update_xaxes(
         title="head (0-based)",
         tickvals=layer_ticks(heads),

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from zo_core.plots.style import ACCENT, GREY, OKABE_ITO, finish, number
+from zo_core.plots.style import ACCENT, GREY, OKABE_ITO, explain_outline, finish, mark, number
 
 QUANTITIES = {"relative_change": "Relative change", "amplification": "Amplification"}
 
@@ -105,17 +105,7 @@ def propagation(
                 line=line,
             )
     if first in layers:
-        figure.add_annotation(
-            x=0,
-            xref="paper",
-            xanchor="left",
-            y=1,
-            yref="paper",
-            yanchor="bottom",
-            showarrow=False,
-            text=f"outlined: layer {first}, the first outlier layer",
-            font={"color": ACCENT, "size": 13},
-        )
+        explain_outline(figure, first)
     layer_axis(figure, blocks, "block whose output is measured (0-based)")
     figure.update_yaxes(
         title="perturbed layer (0-based)",
@@ -167,20 +157,3 @@ def ablation(
     layer_axis(figure, table["layer"].astype(int).tolist())
     figure.update_yaxes(title="loss shift / median layer's", rangemode="tozero")
     return finish(figure, 360).update_layout(margin_t=64, legend_y=1.1)
-
-
-def mark(figure: go.Figure, first: int | None, selected: int | None = None) -> None:
-    """Vertical lines at the first outlier layer and at the chosen one."""
-    if selected is not None and selected != first:
-        figure.add_vline(x=selected, line={"color": GREY, "width": 1.5, "dash": "dot"})
-    if first is not None:
-        figure.add_vline(x=first, line={"color": ACCENT, "width": 1.5, "dash": "dot"})
-        figure.add_annotation(
-            x=first,
-            y=1,
-            yref="paper",
-            yanchor="bottom",
-            text=f"first outlier layer {first}",
-            showarrow=False,
-            font={"color": ACCENT, "size": 13},
-        )

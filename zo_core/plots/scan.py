@@ -10,7 +10,16 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from zo_core.plots.style import ACCENT, GREY, OKABE_ITO, finish, number, plain
+from zo_core.plots.style import (
+    ACCENT,
+    GREY,
+    OKABE_ITO,
+    explain_outline,
+    finish,
+    mark,
+    number,
+    plain,
+)
 
 Range = tuple[float, float]
 """Ends of a colour or value axis, log10."""
@@ -88,19 +97,7 @@ def profile(
             customdata=where,
             hovertemplate="layer %{x}: " + name + " %{y:.4g}%{customdata}<extra></extra>",
         )
-    if selected is not None and selected != first:
-        figure.add_vline(x=selected, line={"color": GREY, "width": 1.5, "dash": "dot"})
-    if first is not None:
-        figure.add_vline(x=first, line={"color": ACCENT, "width": 1.5, "dash": "dot"})
-        figure.add_annotation(
-            x=first,
-            y=1,
-            yref="paper",
-            yanchor="bottom",
-            text=f"first outlier layer {first}",
-            showarrow=False,
-            font={"color": ACCENT, "size": 13},
-        )
+    mark(figure, first, selected)
     ticks = table["layer"].astype(int).tolist()
     if len(ticks) > 40:
         ticks = [k for k in ticks if k < 0 or k % 5 == 0]
@@ -288,17 +285,7 @@ def _magnitudes(
         figure.add_shape(
             **edge, y0=first - 0.5, y1=first + 0.5, line={"color": ACCENT, "width": 2.5}
         )
-        figure.add_annotation(
-            x=0,
-            xref="paper",
-            xanchor="left",
-            y=1,
-            yref="paper",
-            yanchor="bottom",
-            showarrow=False,
-            text=f"outlined: layer {first}, the first outlier layer",
-            font={"color": ACCENT, "size": 13},
-        )
+        explain_outline(figure, first)
     shown = layers if len(layers) <= 40 else [k for k in layers if k % 5 == 0 or k == first]
     figure.update_yaxes(
         title="layer (0-based)",

@@ -42,3 +42,35 @@ def finish(figure: go.Figure, height: int) -> go.Figure:
         modebar={"bgcolor": "rgba(0,0,0,0)", "color": GREY, "activecolor": ACCENT},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "xanchor": "left"},
     )
+
+
+def mark(figure: go.Figure, first: int | None, selected: int | None = None) -> None:
+    """Vertical lines at the first outlier layer and at the chosen one."""
+    if selected is not None and selected != first:
+        figure.add_vline(x=selected, line={"color": GREY, "width": 1.5, "dash": "dot"})
+    if first is not None:
+        figure.add_vline(x=first, line={"color": ACCENT, "width": 1.5, "dash": "dot"})
+        figure.add_annotation(
+            x=first,
+            y=1,
+            yref="paper",
+            yanchor="bottom",
+            text=f"first outlier layer {first}",
+            showarrow=False,
+            font={"color": ACCENT, "size": 13},
+        )
+
+
+def explain_outline(figure: go.Figure, first: int) -> None:
+    """Say above a heatmap what its outlined row is."""
+    figure.add_annotation(
+        x=0,
+        xref="paper",
+        xanchor="left",
+        y=1,
+        yref="paper",
+        yanchor="bottom",
+        showarrow=False,
+        text=f"outlined: layer {first}, the first outlier layer",
+        font={"color": ACCENT, "size": 13},
+    )

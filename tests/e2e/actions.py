@@ -1,0 +1,51 @@
+"""What a person does on a page: type, press, click into a chart, download."""
+
+from pathlib import Path
+
+from playwright.sync_api import Page
+
+SLOW = 90_000  # milliseconds; jobs on a busy two-core machine
+
+
+def settled(page: Page) -> None:
+    """Wait until the script of the page has run."""
+    page.wait_for_selector('[data-test-script-state="notRunning"]')
+
+
+def key(page: Page, name: str):  # noqa: ANN201 - a playwright Locator
+    """The element of a widget key."""
+    return page.locator(f".st-key-{name}")
+
+
+def press(page: Page, name: str) -> None:
+    """Click the button of a widget key."""
+    key(page, name).get_by_role("button").first.click()
+
+
+def fill(page: Page, name: str, value: str) -> None:
+    """Type into the field of a widget key and leave it."""
+    field = key(page, name).locator("input").first
+    field.fill(value)
+    field.press("Enter")
+    settled(page)
+
+
+def download(page: Page, name: str, folder: Path) -> Path:
+    """Press a download button once the page is at rest; the file's path."""
+    page.wait_for_timeout(1500)  # the rerun that ends a live view may not have begun
+    settled(page)
+    with page.expect_download() as waiting:
+        press(page, name)
+    target = folder / waiting.value.suggested_filename
+    waiting.value.save_as(target)
+    return target
+
+
+def click_chart(page: Page, name: str, across: float, down: float) -> None:
+    """Click into the plot area of a chart, at shares of its width and height."""
+    settled(page)
+    area = key(page, name).locator(".nsewdrag").first
+    size = area.evaluate("rect => [rect.getBBox().width, rect.getBBox().height]")
+    # A click through the locator waits until the chart stands still, and starts again where a
+    # rerun of the page has just replaced it.
+    area.click(position={"x": size[0] * across, "y": size[1] * down})
