@@ -78,21 +78,19 @@ def header(comparison: Comparison, status: SessionStatus) -> None:
                 "lost: Resume goes on where it stopped and repeats no finished cell."
             )
         else:
-            failed = f", {status.failed} failed or diverged" if status.failed else ""
             took = duration((status.finished or status.updated) - status.started)
-            st.caption(f"{comparisons.progress(status)} done{failed} · last session {took}")
+            st.caption(f"{comparisons.progress(status)} done{status.losses} · last session {took}")
 
 
 def _share(status: SessionStatus) -> float:
-    return min(1.0, (status.done + status.failed) / status.total) if status.total else 0.0
+    return min(1.0, status.settled / status.total) if status.total else 0.0
 
 
 def _progress(status: SessionStatus) -> str:
     if status.state == "starting" or not status.total:
         return "Starting"
-    parts = [f"{status.done} of {status.total} cells done", f"{status.running} running"]
-    if status.failed:
-        parts.append(f"{status.failed} failed or diverged")
+    done = f"{status.done} of {status.total} cells done{status.losses}"
+    parts = [done, f"{status.running} running"]
     if status.eta is not None:
         parts.append(f"about {duration(status.eta)} left")
     return " · ".join(parts)

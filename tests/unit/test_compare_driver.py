@@ -185,7 +185,7 @@ def test_a_failed_cell_is_tried_once_more_and_sinks_nothing(play: Any) -> None:
     assert run_comparison(made, seen.append)
     assert [j.seed for j in engine.jobs if j.scope == "full" and j.seed != 9].count(1) == 2
     assert states(made)["full", 1] == "failed"
-    assert (seen[-1].done, seen[-1].failed) == (6, 1)
+    assert (seen[-1].done, seen[-1].failed, seen[-1].diverged) == (6, 1, 0)
     facts = as_dict(made, collect(made))
     row = next(r for r in facts["arms"] if r["arm"] == "full")
     assert (row["n"], row["missing"]) == (1, 1)
@@ -323,7 +323,7 @@ def test_what_readers_see_while_it_runs_and_after(play: Any) -> None:
 
     status, progress = made.status(), made.read_json("progress.json")
     assert progress is not None
-    assert (status.state, status.done, status.failed, status.running) == ("cancelled", 4, 1, 0)
+    assert (status.state, status.done, status.failed, status.diverged) == ("cancelled", 4, 0, 1)
     states = {(c["arm"], c["seed"]): c["state"] for c in progress["final"]}
     assert states == {
         ("full", 0): "done",

@@ -185,6 +185,8 @@ STATES: list[tuple[State, bool, str, str]] = [
     ("running", False, "resume_comparison", "Interrupted after 7 of 27 cells"),
     ("cancelled", False, "resume_comparison", "Cancelled after 7 of 27 cells"),
     ("failed", False, "resume_comparison", "The disk is full."),
+    ("done", False, "resume_comparison", "7 of 27 cells done, 2 failed, 1 diverged"),
+    ("done", False, "start_comparison", "7 of 27 cells done, 1 diverged"),
 ]
 
 
@@ -196,20 +198,24 @@ def test_states(cache: Path) -> None:
         for state, alive, _, _ in STATES
     ]
     made[3].update(replace(made[3].status(), error="The disk is full."))
+    made[4].update(replace(made[4].status(), failed=2, diverged=1))
+    made[5].update(replace(made[5].status(), diverged=1))
     names = [c.comparison_id for c in made]
     code = f"""{OPEN}
     for name in [*{names!r}, "../../etc"]:
         app = open_page(comparison=name)
         shown = [p.proto.text for p in app.get("progress")]
-        print([e.key for e in app.button], texts(app.warning), texts(app.error), shown)
+        print([e.key for e in app.button], texts(app.warning), texts(app.error), shown,
+              texts(app.caption))
     print([*app.exception])
     """
     lines = run_python(code, cache).replace("\\", "").strip().splitlines()
     for (_, _, button, words), line in zip(STATES, lines, strict=False):
         assert button in line
         assert words in line
-    assert "There is no comparison ../../etc" in lines[4]
-    assert lines[5] == "[]"
+    assert "resume_comparison" not in lines[5], "what diverged would diverge again"
+    assert "There is no comparison ../../etc" in lines[6]
+    assert lines[7] == "[]"
 
 
 def test_nobody_starts_a_second_driver(cache: Path) -> None:

@@ -204,16 +204,17 @@ class _Lines:
     """Progress on stderr: a line when a cell has ended, and now and then."""
 
     def __init__(self) -> None:
-        self._shown: tuple[int, int, int] | None = None
+        self._shown: tuple[int, ...] | None = None
         self._at = 0.0
 
     def __call__(self, now: Snapshot) -> None:
-        state = (now.total, now.done, now.failed)
+        state = (now.total, now.done, now.failed, now.diverged)
         if state == self._shown and time.monotonic() - self._at < LINE_EVERY:
             return
         self._shown, self._at = state, time.monotonic()
         eta = "" if now.eta is None else f", about {_duration(now.eta)} left"
         failed = f", {now.failed} failed" if now.failed else ""
+        failed += f", {now.diverged} diverged" if now.diverged else ""
         last = f"  ({now.message})" if now.message else ""
         typer.echo(
             f"{_duration(now.seconds):>7}  {now.done} of {now.total} cells done, "

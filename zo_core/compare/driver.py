@@ -42,7 +42,8 @@ class Snapshot:
     total: int
     done: int
     failed: int
-    """Failed for good, or diverged."""
+    """Failed for good: another session would try again."""
+    diverged: int
     running: int
     seconds: float
     """Since this session began."""
@@ -240,10 +241,8 @@ class Driver:
         cells = self._plan.cells
         found = {c.key: o for c in cells if (o := self._outcomes.get(c.key)) is not None}
         done = sum(o.state == DONE for o in found.values())
-        given_up = sum(
-            o.state == DIVERGED or (o.state == FAILED and self._tries[key] >= TRIES)
-            for key, o in found.items()
-        )
+        failed = sum(o.state == FAILED and self._tries[k] >= TRIES for k, o in found.items())
+        diverged = sum(o.state == DIVERGED for o in found.values())
         seconds = time.monotonic() - self._began
         eta = None
         if self._passes:
@@ -256,7 +255,8 @@ class Driver:
             todo = unknown * float(self._spec.budget())
             todo += sum(self._cost(c) for c in cells if self._is_due(c) or c.key in self._live)
             eta = max(0.0, (todo - now) * seconds / (self._passes + now))
-        return Snapshot(self._plan.total, done, given_up, len(self._live), seconds, eta, self._last)
+        running = len(self._live)
+        return Snapshot(self._plan.total, done, failed, diverged, running, seconds, eta, self._last)
 
 
 def _error(found: Outcome | None) -> str:

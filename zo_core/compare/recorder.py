@@ -58,6 +58,7 @@ class Recorder:
             total=now.total,
             done=now.done,
             failed=now.failed,
+            diverged=now.diverged,
             running=now.running,
             eta=now.eta,
             message=now.message,
@@ -67,8 +68,8 @@ class Recorder:
             if moment >= self._write_at:
                 self._write_at = moment + WRITE_EVERY
                 self._write()
-            if now.done + now.failed != self._settled and moment >= self._tables_at:
-                self._settled = now.done + now.failed
+            if self._status.settled != self._settled and moment >= self._tables_at:
+                self._settled = self._status.settled
                 self._publish()
 
     def end(self, state: State, error: str = "") -> None:

@@ -29,6 +29,8 @@ class SessionStatus:
     """Cells there are in all, as far as known."""
     done: int = 0
     failed: int = 0
+    """Failed for good; another session tries them again."""
+    diverged: int = 0
     running: int = 0
     eta: float | None = None
     """Seconds left, by the pace of this session."""
@@ -47,6 +49,17 @@ class SessionStatus:
     def live(self) -> bool:
         """A process works on it, or is about to."""
         return self.state in LIVE
+
+    @property
+    def settled(self) -> int:
+        """Cells that have ended, well or not."""
+        return self.done + self.failed + self.diverged
+
+    @property
+    def losses(self) -> str:
+        """Cells without a result in words, as ``, 2 failed, 1 diverged``; empty if none."""
+        counts = {"failed": self.failed, "diverged": self.diverged}
+        return "".join(f", {n} {what}" for what, n in counts.items() if n)
 
     @property
     def _gone(self) -> bool:
