@@ -177,46 +177,12 @@ def test_equivalent_command_makes_the_same_job(cli: CommandLine) -> None:
     assert cli.run(made["run_id"]).job == job
 
 
-BAD_INPUT = [
-    (("tune", "--scope", "layer:99"), "has layers 0 to 15"),
-    (("probe", "--layers", "2,16"), "has layers 0 to 15"),
-    (("scan", "--model", "/nowhere/at/all"), "no folder '/nowhere/at/all' here"),
-    (("tune", "--task", "sst3"), "'sst3' is unknown: choose one of reviews, sst2"),
-    (("tune", "--eps", 0), "eps is '0': input should be greater than or equal to 0.00000001"),
-    (("tune", "--steps", -1), "steps is '-1': input should be greater than or equal to 1"),
-    (("tune", "--scope", "layer:x"), "choose full, layer:<k>, layers:<list>"),
-    (("probe", "--layers", "1,b"), "layers is 'b': input should be a valid integer"),
-    (("scan", "--text", "prompt"), "prompt is empty"),
-    (("scan", "--model", " "), "give demo, an existing folder, or an id such as"),
-    (("tune", "--resume", "20250101-000000-tune-abcdef"), "No run '20250101-000000-tune-abcdef'"),
-    (("tune", "--resume", "../x"), "No run '../x'"),
-    (
-        ("tune", "--resume", "20250101-000000-tune-abcdef", "--lr", 1),
-        "--resume keeps the run's own settings: leave out --lr",
-    ),
-]
-
-
-@pytest.mark.parametrize(("arguments", "words"), BAD_INPUT)
-def test_bad_input_exits_with_2_before_anything_starts(
-    tmp_path: Path, arguments: tuple[object, ...], words: str
-) -> None:
+def test_refused_before_anything_starts(tmp_path: Path) -> None:
+    """One bad input of those in tests/unit/test_cli_refusals.py, as a process of its own."""
     alone = CommandLine(tmp_path)
-    answer = alone(*arguments, "--json").expect(2)
-    assert words in answer.json["error"]
+    answer = alone("tune", "--scope", "layer:99", "--json").expect(2)
     assert f"Error: {answer.json['error']}" in answer.err
-    assert alone.ids() == set()
     assert not (tmp_path / "engine").exists()
-
-
-def test_very_long_model_name_is_a_sentence(tmp_path: Path) -> None:
-    CommandLine(tmp_path)("scan", "--model", "x" * 300, "--json").expect(2)
-
-
-def test_unknown_option_and_command_exit_with_2(tmp_path: Path) -> None:
-    alone = CommandLine(tmp_path)
-    assert "--learning-rate" in alone("tune", "--learning-rate", 1).expect(2).err
-    assert "sweep" in alone("sweep").expect(2).err
     assert "No runs yet" in alone("runs", "list").expect(0).out
 
 

@@ -108,33 +108,3 @@ def test_interrupted_half_way_and_resumed_it_repeats_nothing(
     assert '"state":"done"' in alone("compare", "--cancel", name, "--json").expect(0).out.replace(
         ": ", ":"
     )
-
-
-BAD_INPUT = [
-    ((), "Name a preset (quick, paper, falsify, layers, scopes) or a YAML file"),
-    (("quickly",), "'quickly' is no preset and no file"),
-    (("quick", "--seeds", "0,x"), "seeds is 'x': input should be a valid integer"),
-    (("quick", "--steps", 0), "steps is '0': input should be greater than or equal to 1"),
-    (("quick", "--task", "sst2", "--data-dir", "/no"), "/no has no sst2/train.jsonl"),
-    (("quick", "--task", "sst3"), "'sst3' is unknown: choose one of reviews, sst2"),
-    (("quick", "--set", "batch_size"), "write --set batch_size=4"),
-    (("quick", "--set", "colour=red"), "colour is not a field"),
-    (("quick", "--set", "alpha=2"), "alpha is '2': input should be less than 0.5"),
-    (("--resume", "nothing"), "No comparison 'nothing'"),
-    (("quick", "--resume", "x", "--seeds", "1"), "leave out quick, seeds"),
-    (("--cancel", "nothing"), "No comparison 'nothing'"),
-    (("--report", "nothing", "--out", "/tmp"), "No comparison 'nothing'"),
-    (("quick", "--cancel", "x"), "--cancel ID stands alone"),
-    (("layers", "--model", "/nowhere/at/all"), "no folder '/nowhere/at/all' here"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "words"), BAD_INPUT)
-def test_bad_input_exits_with_2_before_anything_starts(
-    tmp_path: Path, arguments: tuple[object, ...], words: str
-) -> None:
-    command = CommandLine(tmp_path)
-    answer = command("compare", *arguments, "--json").expect(2)
-    assert words in answer.json["error"]
-    assert not (tmp_path / "comparisons").exists()
-    assert not (tmp_path / "engine").exists()
