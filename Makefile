@@ -8,7 +8,8 @@ run: .venv/ready  ## Start the app on the bundled model at http://127.0.0.1:8501
 
 test: .venv/ready-dev  ## All tests; browser tests need chromium, GPU tests a GPU
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 tests/unit
-	$(BIN)/python -m pytest tests/integration tests/e2e
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+		tests/e2e tests/integration/test_survival.py tests/integration
 
 lint: .venv/ready-dev  ## Style and types
 	$(BIN)/ruff format --check .
