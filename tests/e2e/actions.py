@@ -4,7 +4,7 @@ from pathlib import Path
 
 from playwright.sync_api import Page
 
-SLOW = 90_000  # milliseconds; jobs on a busy two-core machine
+SLOW = 180_000  # milliseconds; jobs on a busy two-core machine
 
 
 def settled(page: Page) -> None:

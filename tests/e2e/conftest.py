@@ -82,7 +82,7 @@ def page(app: App) -> Iterator["object"]:
     """A browser tab at 1440 px; any console error or page error fails the test."""
     if CHROMIUM is None:
         pytest.skip("no chromium here")
-    from playwright.sync_api import ConsoleMessage, sync_playwright
+    from playwright.sync_api import ConsoleMessage, expect, sync_playwright
 
     errors: list[str] = []
 
@@ -100,6 +100,7 @@ def page(app: App) -> Iterator["object"]:
         )
         tab = context.new_page()
         tab.set_default_timeout(30_000)
+        expect.set_options(timeout=30_000)
         tab.on("console", hear)
         tab.on("pageerror", lambda error: errors.append(str(error)))
         yield tab

@@ -11,7 +11,7 @@ from playwright.sync_api import Page, expect
 from tests.e2e.actions import SLOW, click_chart, download, fill, key, press, settled
 from tests.e2e.conftest import App
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 def test_mechanism_of_the_bundled_model(page: Page, app: App, tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_mechanism_of_the_bundled_model(page: Page, app: App, tmp_path: Path) ->
     expect(layer).to_have_value("layer 3 (4th of 16)")
 
     click_chart(page, "sink_chart", 0.43, 6.5 / 16)
-    expect(layer).to_have_value("layer 6 (7th of 16)", timeout=10_000)
+    expect(layer).to_have_value("layer 6 (7th of 16)")
     expect(page).to_have_url(re.compile(r"[?&]layer=6"))
     page.reload()
     settled(page)
@@ -74,7 +74,7 @@ def test_probe_with_every_further_analysis(page: Page, app: App, tmp_path: Path)
     # Rows are layer 14, which is chosen if it has the larger mean |g|, and layer 15.
     for row, name in ((0.25, "layer 14 (15th of 16)"), (0.75, "layer 15 (16th of 16)")):
         click_chart(page, "propagation_chart", 0.75, row)
-        expect(layer).to_have_value(name, timeout=10_000)
+        expect(layer).to_have_value(name)
     expect(page).to_have_url(re.compile(r"[?&]layer=15"))
     table = pd.read_csv(download(page, "download_propagation", tmp_path))
     own = table[table["layer"] == table["block"]]

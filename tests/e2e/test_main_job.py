@@ -11,7 +11,7 @@ from playwright.sync_api import Page, expect
 from tests.e2e.actions import SLOW, click_chart, download, fill, key, press, settled
 from tests.e2e.conftest import App
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 def passes(page: Page) -> int:
@@ -51,7 +51,7 @@ def test_load_scan_and_click_a_layer(page: Page, app: App, tmp_path: Path) -> No
     expect(verdict).to_contain_text("Layer 3")
 
     click_chart(page, "channel_chart", 0.5, 0.97)
-    expect(key(page, "layer_detail")).not_to_contain_text("layer 3 ", timeout=10_000)
+    expect(key(page, "layer_detail")).not_to_contain_text("layer 3 ")
 
     key(page, "outlier_part").get_by_text("Down-projection input").click()
     settled(page)
@@ -106,7 +106,7 @@ def test_tune_live_reload_cancel_and_find_it_again(page: Page, app: App, tmp_pat
     third = wait_for_more(page, second)
 
     press(page, "cancel_run")
-    expect(key(page, "resume_run")).to_be_visible(timeout=20_000)
+    expect(key(page, "resume_run")).to_be_visible()
     assert passes(page) >= third
     metrics = pd.read_csv(download(page, "download_metrics", tmp_path))
     assert metrics["step"].max() * 2 >= third
@@ -131,11 +131,11 @@ def test_a_killed_server_loses_nothing(page: Page, app: App) -> None:
     app.start()
     page.goto(url)
     settled(page)
-    expect(key(page, "run_header")).to_contain_text("interrupted", timeout=20_000)
+    expect(key(page, "run_header")).to_contain_text("interrupted")
     press(page, "resume_run")
     wait_for_more(page, seen)
     press(page, "cancel_run")
-    expect(key(page, "resume_run")).to_be_visible(timeout=20_000)
+    expect(key(page, "resume_run")).to_be_visible()
 
 
 @pytest.mark.parametrize("path", ["outliers", "sensitivity", "fine_tune"])
