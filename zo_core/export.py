@@ -25,7 +25,8 @@ nav a {{ margin-right: 1.5rem }} .part > h2 {{ font-size: 1.4rem; margin-top: 3r
        padding-top: 1rem; border-top: 2px solid #dde2e7 }}
 h3 {{ font-size: 1.05rem; margin: 1.75rem 0 0 }}
 pre {{ background: #f4f6f8; padding: .75rem; overflow-x: auto; white-space: pre-wrap }}
-.wide {{ overflow-x: auto }} table {{ border-collapse: collapse; font-size: 13px }}
+.wide {{ overflow-x: auto; margin: .75rem 0 }}
+table {{ border-collapse: collapse; font-size: 13px }}
 th, td {{ text-align: left; vertical-align: top; padding: .3rem .6rem;
           border-bottom: 1px solid #dde2e7 }}
 </style></head><body>
@@ -108,9 +109,9 @@ def html_page(title: str, sections: Sequence[Section]) -> bytes:
             the top.
     """
     # Here, as tables need no figures, and a GPU worker may have no plotly.
-    import plotly.graph_objects as go
     import plotly.io
 
+    white = plotly.io.templates["plotly_white"].to_plotly_json()
     n_figures = 0
 
     def shown(item: "str | Code | pd.DataFrame | go.Figure") -> str:
@@ -122,8 +123,12 @@ def html_page(title: str, sections: Sequence[Section]) -> bytes:
         if isinstance(item, pd.DataFrame):
             return _html_table(item)
         n_figures += 1
+        # As plain data: a second validation of all points would take most of the time.
+        figure = item.to_plotly_json()
+        figure["layout"]["template"] = white
         return plotly.io.to_html(
-            go.Figure(item).update_layout(template="plotly_white"),
+            figure,
+            validate=False,
             full_html=False,
             include_plotlyjs=n_figures == 1,
             div_id=f"figure-{n_figures}",

@@ -1,5 +1,6 @@
 """What a person does on a page: type, press, click into a chart, download."""
 
+import re
 from pathlib import Path
 
 from playwright.sync_api import Page
@@ -27,6 +28,14 @@ def fill(page: Page, name: str, value: str) -> None:
     field = key(page, name).locator("input").first
     field.fill(value)
     field.press("Enter")
+    settled(page)
+
+
+def choose(page: Page, name: str, text: str) -> None:
+    """Choose the option of a list whose text begins so."""
+    settled(page)
+    key(page, name).locator("input").first.click()
+    page.get_by_role("option", name=re.compile(f"^{re.escape(text)}")).click()
     settled(page)
 
 

@@ -70,7 +70,7 @@ def _of_model(model: str, revision: str | None) -> tuple[bytes, dict[str, Any]]:
     from zo_core.reports.model import ModelRuns, model_report
 
     # As the jobs have it: a valid name, and a folder's whole path.
-    job = ScanJob.model_validate(absolute({"model": model.strip(), "revision": revision}))
+    job = ScanJob.model_validate(absolute({"model": model, "revision": revision}))
     found = ModelRuns.find(job.model, job.revision)
     ids = {kind: run and run.run_id for kind, run in found.runs.items()}
     return model_report(found), {"model": job.model, "revision": job.revision, "runs": ids}

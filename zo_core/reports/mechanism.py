@@ -98,9 +98,10 @@ def about_interventions(summary: dict[str, Any]) -> str:
 
 
 def _told(sites: pd.DataFrame, summary: dict[str, Any]) -> list[str]:
-    site = sites.iloc[0]
-    head = f"The {PARTS[site['writer']]} of layer {int(site['writer_layer'])} writes it."
-    return [text for text in (head, story(site), not_massive(summary)) if text]
+    site, caveat = sites.iloc[0], not_massive(summary)
+    what = "largest" if caveat else "massive"
+    head = f"The {PARTS[site['writer']]} of layer {int(site['writer_layer'])} writes the {what} "
+    return [f"{head}activation.", *([caveat] if caveat else [])]
 
 
 def _channel(

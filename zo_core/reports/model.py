@@ -9,6 +9,7 @@ import pandas as pd
 from zo_core.errors import UserError
 from zo_core.export import Code, Section, html_page
 from zo_core.jobs import MechanismJob, ProbeJob, ScanJob, command_line
+from zo_core.reports.mechanism import PARTS
 from zo_core.reports.run import TITLES, run_sections
 from zo_core.reports.stored import newest_done
 from zo_core.runs import Run
@@ -63,7 +64,7 @@ def model_report(found: ModelRuns) -> bytes:
     overview = pd.DataFrame([_row(kind, run) for kind, run in found.runs.items()])
     said = "The newest finished run of every kind. Layers are 0-based."
     parts = [_part(found, kind, run) for kind, run in found.runs.items()]
-    return html_page(found.name, [Section("", [said, overview]), *parts])
+    return html_page(f"Model {found.name}", [Section("", [said, overview]), *parts])
 
 
 def _part(found: ModelRuns, kind: str, run: Run | None) -> Section:
@@ -102,6 +103,8 @@ def _found(kind: str, summary: dict[str, Any]) -> str:
         return "no first outlier layer" if layer is None else f"first outlier layer {layer}"
     if kind == "mechanism":
         writer = summary.get("writer")
-        return f"written by the {writer['part']} of layer {writer['layer']}" if writer else ""
+        return (
+            f"written by the {PARTS[writer['part']]} of layer {writer['layer']}" if writer else ""
+        )
     layer = summary.get("most_sensitive_layer")
     return "" if layer is None else f"largest mean |g| at layer {layer}"

@@ -38,7 +38,7 @@ EPS = (
     "largest eps is recommended."
 )
 TABLES = ("draws", "layers", "propagation", "gradients", "scaled_layers", "ablation", "sweep")
-MEASURED = ("task", "batches", "base_loss", "forward_passes", "seconds")
+MEASURED = ("base_loss", "forward_passes", "seconds")
 MAIN = "abs_projected_gradient"
 
 

@@ -75,8 +75,10 @@ def origin(run: Run, measured: Sequence[str]) -> list[Section]:
     job = run.job
     found = {name: summary[name] for name in measured if name in summary}
     return [
-        Section("Settings", [_facts(job.model_dump(mode="json")), _facts(_flat(found))]),
-        Section("Versions and hardware", [_facts(_flat(facts))]),
+        Section(
+            "Settings", [_facts(job.model_dump(mode="json")), _facts(_flat(found), "measured")]
+        ),
+        Section("Versions and hardware", [_facts(_flat(facts), "what")]),
         Section("Reproduce", [Code(command_line(job))]),
     ]
 
@@ -92,6 +94,6 @@ def _flat(facts: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _facts(facts: dict[str, Any]) -> pd.DataFrame:
+def _facts(facts: dict[str, Any], what: str = "setting") -> pd.DataFrame:
     rows = [(name, str(value)) for name, value in facts.items() if value is not None]
-    return pd.DataFrame(rows, columns=["setting", "value"])
+    return pd.DataFrame(rows, columns=[what, "value"])
