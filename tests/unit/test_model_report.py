@@ -214,7 +214,7 @@ def test_report_commands(store: Store, tmp_path: Path, monkeypatch: pytest.Monke
         ((store.scan.run_id, "--revision", "x"), "--revision goes with --model"),
         (("--model", "demo"), "no scan, mechanism run or probe of demo in this run store has"),
         (("--model", ""), "model is '': string should have"),
-        (("--model", " "), "give demo, a hub id"),
+        (("--model", " "), "give demo, an existing folder"),
     ):
         refused = call("report", *arguments)
         assert refused.exit_code == 2, refused.output
