@@ -13,6 +13,12 @@ def settled(page: Page) -> None:
     page.wait_for_selector('[data-test-script-state="notRunning"]')
 
 
+def at_rest(page: Page) -> None:
+    """Wait until no rerun follows: the one that ends a live view, or a click, may not have begun."""
+    page.wait_for_timeout(1500)
+    settled(page)
+
+
 def key(page: Page, name: str):  # noqa: ANN201 - a playwright Locator
     """The element of a widget key."""
     return page.locator(f".st-key-{name}")
@@ -32,8 +38,8 @@ def fill(page: Page, name: str, value: str) -> None:
 
 
 def choose(page: Page, name: str, text: str) -> None:
-    """Choose the option of a list whose text begins so."""
-    settled(page)
+    """Choose the option of a list whose text begins so; a rerun would close the list."""
+    at_rest(page)
     key(page, name).locator("input").first.click()
     page.get_by_role("option", name=re.compile(f"^{re.escape(text)}")).click()
     settled(page)
@@ -41,8 +47,7 @@ def choose(page: Page, name: str, text: str) -> None:
 
 def download(page: Page, name: str, folder: Path) -> Path:
     """Press a download button once the page is at rest; the file's path."""
-    page.wait_for_timeout(1500)  # the rerun that ends a live view may not have begun
-    settled(page)
+    at_rest(page)
     with page.expect_download() as waiting:
         press(page, name)
     target = folder / waiting.value.suggested_filename
