@@ -14,7 +14,7 @@ def settled(page: Page) -> None:
 
 
 def at_rest(page: Page) -> None:
-    """Wait until no rerun follows: the one that ends a live view, or a click, may not have begun."""
+    """Wait for the script, and for the rerun after a click or a live view, which may begin late."""
     page.wait_for_timeout(1500)
     settled(page)
 
@@ -38,9 +38,11 @@ def fill(page: Page, name: str, value: str) -> None:
 
 
 def choose(page: Page, name: str, text: str) -> None:
-    """Choose the option of a list whose text begins so; a rerun would close the list."""
+    """Choose the option of a list whose text begins so; a rerun or scrolling would close it."""
+    field = key(page, name).locator("input").first
+    field.scroll_into_view_if_needed()
     at_rest(page)
-    key(page, name).locator("input").first.click()
+    field.click()
     page.get_by_role("option", name=re.compile(f"^{re.escape(text)}")).click()
     settled(page)
 
