@@ -3,17 +3,31 @@
 import pandas as pd
 import streamlit as st
 
-from pages.parts import history, launch, layer_pick, result_files, run_view
+from pages.parts import history, launch, layer_pick, run_view, tables
 from pages.parts.choice import Choice, current, line
 from pages.parts.frame import begin
+from pages.parts.result_exports import exports
 from pages.parts.text_fields import text_fields
 from pages.parts.words import layer_name, plain
 from zo_core import plots
 from zo_core.analysis.outliers import RULES
 from zo_core.jobs import MechanismJob
+from zo_core.reports.mechanism import (
+    PARTS,
+    about_interventions,
+    about_sinks,
+    not_massive,
+    story,
+)
 
-PARTS = {"mlp": "MLP", "attention": "attention"}
-TABLES = ("sites", "contributions", "neurons", "sinks", "interventions")
+TABLES = {
+    "sites": "each massive channel's peak, writer and remover",
+    "contributions": "the residual stream there",
+    "neurons": "what writes and removes it",
+    "sinks": "attention on it by layer and head",
+    "interventions": "the loss without it by layer",
+}
+"""What the tables of a mechanism run hold."""
 LAYER = "mechanism_layer"
 
 
@@ -42,33 +56,14 @@ def form(choice: Choice) -> None:
     launch.launch_row(MechanismJob, values | choice.fields(), "Look inside", key="start_mechanism")
 
 
-def story(site: pd.Series, summary: dict, n_layers: int) -> None:
-    """What happens to the massive activation, in one paragraph."""
-    writer, layer = PARTS[site["writer"]], int(site["writer_layer"])
-    st.header(f"The {writer} of {layer_name(layer, n_layers)} writes it", anchor=False)
-    share = site["written"] / site["value"]
-    said = (
-        f"Channel {site['channel']} peaks at {plots.number(site['value'])} after layer "
-        f"{site['layer']}, at token {plots.visible(site['token'])} (sequence {site['sequence']}, "
-        f"position {site['position']}). The {writer} of layer {layer} adds "
-        f"{plots.number(site['written'])} of it ({share:.0%}). "
-    )
-    if pd.isna(site["remover_layer"]):
-        said += f"No part removes it: the last block still holds {plots.number(site['final'])}."
-    else:
-        remover, by = PARTS[site["remover"]], int(site["remover_layer"])
-        said += (
-            f"The {remover} of layer {by} takes {plots.number(-site['removed'])} away again; "
-            f"the last block leaves {plots.number(site['final'])}."
-        )
-    st.markdown(plain(said))
-    if summary.get("first_outlier_layer") is None and summary:
-        st.warning(
-            f"By the rule {summary['rule']} this model has no massive activation on these texts: "
-            "what follows is about its largest activation all the same. "
-            + plain(summary.get("reason", "")),
-            icon=":material/info:",
-        )
+def told(site: pd.Series, summary: dict, n_layers: int) -> None:
+    """Who writes the massive activation, and what happens to it then."""
+    named = layer_name(int(site["writer_layer"]), n_layers)
+    st.header(f"The {PARTS[site['writer']]} of {named} writes it", anchor=False)
+    st.markdown(plain(story(site)))
+    caveat = not_massive(summary)
+    if caveat:
+        st.warning(plain(caveat), icon=":material/info:")
 
 
 def choose_site(sites: pd.DataFrame) -> int:
@@ -88,9 +83,9 @@ def choose_site(sites: pd.DataFrame) -> int:
     )
 
 
-def neuron_figures(entry: history.Entry, site: pd.Series, neurons: pd.DataFrame) -> list:
+def neuron_figures(entry: history.Entry, site: pd.Series, neurons: pd.DataFrame) -> dict:
     """Bars of the writer's and the remover's neurons, side by side."""
-    figures = []
+    figures = {}
     roles = [r for r in ("writer", "remover") if (neurons["role"] == r).any()]
     if not roles:
         reason = entry.summary.get("neurons") or "no MLP wrote or removed it"
@@ -104,7 +99,7 @@ def neuron_figures(entry: history.Entry, site: pd.Series, neurons: pd.DataFrame)
             st.markdown(f"Neurons of layer {layer} that {doing} it")
             figure = plots.neurons(own)
             st.plotly_chart(figure, key=f"neurons_{role}", alt=f"Neurons of the {role}")
-            figures.append((f"Neurons of the {role}, layer {layer}", figure))
+            figures[f"Neurons of the {role}, layer {layer}"] = figure
     st.caption(
         f"Row {site['channel']} of the down-projection times its input at this token, by input "
         "neuron; percentages are of the whole sum."
@@ -115,11 +110,11 @@ def neuron_figures(entry: history.Entry, site: pd.Series, neurons: pd.DataFrame)
 def results(entry: history.Entry) -> None:
     """Everything a mechanism run has found so far."""
     try:
-        found = {name: result_files.table(entry, name) for name in TABLES}
+        found = tables.tables(entry, TABLES)
     except (OSError, ValueError) as error:
         st.error(f"The results of this run cannot be read: {plain(str(error))}")
         return
-    sites, contributions, neurons = (found[n] for n in TABLES[:3])
+    sites, contributions, neurons = (found[n] for n in ("sites", "contributions", "neurons"))
     if sites is None or contributions is None or neurons is None:
         if entry.status.live:
             st.caption("The first figure appears once the residual stream has been followed.")
@@ -130,9 +125,9 @@ def results(entry: history.Entry) -> None:
     with st.container(key="mechanism_story"):
         number = choose_site(sites)
         site = sites[sites["site"] == number].iloc[0]
-        story(site, entry.summary, n_layers)
+        told(site, entry.summary, n_layers)
     chosen = layer_pick.restore(LAYER, entry.run_id, layers, int(site["writer_layer"]))
-    figures = []
+    figures: dict[str, object] = {}
 
     def draw(title: str, figure: object, key: str, alt: str) -> None:
         st.plotly_chart(
@@ -142,7 +137,7 @@ def results(entry: history.Entry) -> None:
             on_select=layer_pick.clicked(key, LAYER),
             selection_mode="points",
         )
-        figures.append((title, figure))
+        figures[title] = figure
 
     st.subheader("Who writes it, who removes it", anchor=False)
     own = contributions[contributions["site"] == number]
@@ -152,7 +147,7 @@ def results(entry: history.Entry) -> None:
         "contribution_chart",
         "What attention and MLP of every layer add to the massive channel",
     )
-    figures += neuron_figures(entry, site, neurons[neurons["site"] == number])
+    figures |= neuron_figures(entry, site, neurons[neurons["site"] == number])
 
     st.subheader("What attends to it", anchor=False)
     sinks = found["sinks"]
@@ -163,11 +158,7 @@ def results(entry: history.Entry) -> None:
             "sink_chart",
             "Share of attention on the massive tokens by layer and head",
         )
-        st.caption(
-            "Share of a head's attention that goes to the tokens with a massive activation, mean "
-            "over all later queries. Evenly spread attention would give "
-            f"{sinks['uniform'].iloc[0]:.1%}."
-        )
+        st.caption(about_sinks(sinks))
     elif sinks is not None:
         reason = entry.summary.get("sinks") or "no attention weights were found"
         st.caption(plain(f"No attention sinks: {reason}."))
@@ -183,13 +174,7 @@ def results(entry: history.Entry) -> None:
             "intervention_chart",
             "Change of the loss when massive activations are set at one layer",
         )
-        base = entry.summary.get("loss")
-        st.caption(
-            "At one layer's output, at every massive token, the massive channels are set to zero, "
-            "or to their mean there (Sun et al. 2024); control: as many ordinary channels set to "
-            "zero. Change of the mean next-token cross entropy"
-            + (f" from {base:.4g} nats." if base is not None else ".")
-        )
+        st.caption(about_interventions(entry.summary))
     elif entry.status.live:
         st.caption("Interventions follow, layer by layer.")
 
@@ -198,7 +183,8 @@ def results(entry: history.Entry) -> None:
         layer = layer_pick.choose(LAYER, layers, n_layers)
         detail(layer, own, sinks, table)
     if not entry.status.live:
-        downloads(entry, figures)
+        note = "What the columns are: docs/mechanism.md."
+        exports(entry, TABLES, found, figures, note)
 
 
 def detail(
@@ -230,21 +216,6 @@ def detail(
             if not zero.empty:
                 change = f"{zero.iloc[0]:+.3g} nats"
                 st.metric("set to zero", change, border=True, width=190)
-
-
-def downloads(entry: history.Entry, figures: list) -> None:
-    """Tables, sidecar and figures."""
-    st.subheader("Export", anchor=False)
-    st.caption(
-        "sites: each massive channel's peak, writer and remover. contributions: the residual "
-        "stream there. neurons: what writes and removes it. sinks: attention by layer and head. "
-        "interventions: the loss by layer."
-    )
-    with st.container(horizontal=True, key="mechanism_downloads"):
-        result_files.tables(entry, TABLES)
-        result_files.sidecar(entry)
-        title = f"Massive activations of {entry.job.model}"
-        result_files.report(entry, title, figures, [entry.summary.get("reason", "")])
 
 
 begin(

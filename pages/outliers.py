@@ -6,7 +6,7 @@ import streamlit as st
 from pages.parts import history, launch, run_view
 from pages.parts.choice import current, line
 from pages.parts.frame import begin
-from pages.parts.scan_exports import exports
+from pages.parts.result_exports import exports
 from pages.parts.scan_pictures import pictures
 from pages.parts.scans import Scan
 from pages.parts.text_fields import text_fields
@@ -14,10 +14,21 @@ from pages.parts.verdict import judge, thresholds
 from pages.parts.words import plain
 from zo_core import plots
 from zo_core.analysis.outliers import Verdict
-from zo_core.analysis.outliers.agreement import judge_all
+from zo_core.analysis.outliers.agreement import judge_all, rules_table
 from zo_core.analysis.outliers.known import recognise
 from zo_core.analysis.outliers.weights import owl_weights
 from zo_core.jobs import ScanJob
+
+TABLES = {
+    "layers": "block output by layer",
+    "parts": "the same statistics of all four parts",
+    "rules": "what each rule says, with its numbers",
+    "channels": "largest magnitude by layer and channel",
+    "tokens": "largest magnitude by layer and token",
+    "weights": "down-projections, weights only",
+    "owl": "shares of Wanda scores by layer",
+}
+"""What the tables of a scan hold."""
 
 
 def choose_other(scan: Scan) -> Scan | None:
@@ -102,7 +113,15 @@ def results(entry: history.Entry) -> None:
     weights = weighting(scan, verdicts, first)
     if weights is not None:
         figures["Layer weights"] = weights
-    exports(scan, verdicts, figures)
+    part = f" tokens: of the {scan.covered}." if scan.covered else ""
+    exports(
+        entry,
+        TABLES,
+        {"rules": rules_table(verdicts), "tokens": scan.tokens, **scan.tables.named()},
+        figures,
+        f"Layer -1 is the embedding output. What the columns are: docs/scan.md.{part}",
+        {name: dict(verdict.parameters) for name, verdict in verdicts.items()},
+    )
 
 
 def show(entry: history.Entry) -> None:

@@ -3,26 +3,21 @@
 import pandas as pd
 import streamlit as st
 
-from pages.parts import history, launch, probe_results, result_files, run_view
+from pages.parts import history, launch, probe_results, run_view
 from pages.parts.choice import Choice, current, describe, line
 from pages.parts.forms import data_folder, missing_layers, parse_layers, task_picker
 from pages.parts.frame import begin
 from pages.parts.live_chart import live_chart
 from pages.parts.own_task import own_fields
 from pages.parts.preview import preview
+from pages.parts.result_exports import exports
 from pages.parts.routes import PAGES
+from pages.parts.tables import tables
 from pages.parts.words import layer_name, plain
 from zo_core import plots
 from zo_core.jobs import ProbeJob
+from zo_core.reports.probe import SCALINGS, WHISKERS, overlaps
 from zo_core.tasks.catalog import OWN
-
-SCALINGS = {
-    "none": "one eps for all",
-    "count": "same norm",
-    "rms": "same share of weights",
-    "output": "same own change",
-}
-"""Perturbations of a probe, as the page names them."""
 
 
 def form(choice: Choice) -> None:
@@ -126,39 +121,25 @@ def headline(layers: pd.DataFrame, most: int, n_layers: int) -> None:
     probed = layers["layer"].nunique()
     name = layer_name(most, n_layers)
     name = f"{name[0].upper()}{name[1:]}"
-    close = plots.overlapping(layers, most, "abs_projected_gradient")
-    if close == [] and probed == n_layers:
-        st.header(f"{name} is the most sensitive", anchor=False)
-        st.markdown(
-            f"It has the largest mean |g| of all {n_layers} layers, and its 95 % interval "
-            "overlaps with no other's."
-        )
-        return
+    sure = overlaps(layers, most)
     if probed == 1:
         st.header(f"{name} is the only probed layer", anchor=False)
-        return
-    st.header(f"{name} has the largest mean |g| of the {probed} probed layers", anchor=False)
-    if close is None:
-        st.markdown("One draw a layer gives no interval: use more draws to tell layers apart.")
-    elif close:
-        shown = ", ".join(str(k) for k in close[:5])
-        more = f" and {len(close) - 5} more" if len(close) > 5 else ""
-        st.markdown(
-            f"Its 95 % interval overlaps with layer{'s' if len(close) > 1 else ''} {shown}{more}: "
-            "more draws may change the order."
-        )
+    elif probed == n_layers and plots.overlapping(layers, most, "abs_projected_gradient") == []:
+        st.header(f"{name} is the most sensitive", anchor=False)
+        st.markdown(f"It has the largest mean |g| of all {n_layers} layers. {sure}")
     else:
-        st.markdown("Its 95 % interval overlaps with that of no other probed layer.")
+        st.header(f"{name} has the largest mean |g| of the {probed} probed layers", anchor=False)
+        st.markdown(sure)
 
 
 def show(entry: history.Entry) -> None:
     """A probe, growing layer by layer while it is live."""
     try:
-        layers = result_files.table(entry, "layers")
-        scaled = result_files.table(entry, "scaled_layers")
+        found = tables(entry, ("layers", "scaled_layers"))
     except (OSError, ValueError) as error:
         st.error(f"The results of this probe cannot be read: {plain(str(error))}")
         return
+    layers, scaled = found["layers"], found["scaled_layers"]
     if layers is None:
         if entry.status.live:
             st.caption("The chart appears with the first finished layer.")
@@ -194,14 +175,11 @@ def show(entry: history.Entry) -> None:
         required=True,
         persist_state="session",
     )
-    shown = perturbation(layers, scaled)
+    scaling, shown = perturbation(layers, scaled)
     figure = plots.sensitivity(shown, metric, first, job.layers or range(n_layers))
     figure.update_layout(uirevision=f"{entry.run_id}-{metric}")
     live_chart(figure, key="probe_chart")
-    note = (
-        "Bars: mean over draws; whiskers: 95 % interval of that mean (Student t with draws − 1 "
-        "degrees of freedom), cut at 0 where the metric cannot be negative; none with one draw."
-    )
+    note = WHISKERS
     if scan is None:
         note += " Scan this model on the Outliers page to see its first outlier layer marked here."
     st.caption(note)
@@ -215,18 +193,21 @@ def show(entry: history.Entry) -> None:
     )
     if entry.status.live:
         return
-    figures = [("Sensitivity by layer", figure)]
+    title = f"Sensitivity by layer, {metric.replace('_', ' ')}"
+    figures = {title if scaling == "none" else f"{title}, {SCALINGS[scaling]}": figure}
     try:
-        figures += probe_results.analyses(entry, layers, first, n_layers)
+        found |= tables(entry, probe_results.TABLES)
+        figures |= probe_results.analyses(entry, found, first, n_layers)
     except (OSError, ValueError, KeyError) as error:
         st.error(f"Some results of this probe cannot be read: {plain(str(error))}")
-    downloads(entry, figures)
+    note = "draws is the tidy table of all measurements. What the columns are: docs/sensitivity.md."
+    exports(entry, probe_results.TABLES, found, figures, note)
 
 
-def perturbation(layers: pd.DataFrame, scaled: pd.DataFrame | None) -> pd.DataFrame:
-    """The table of the chosen perturbation: one eps for all, or a fair one that was measured."""
+def perturbation(layers: pd.DataFrame, scaled: pd.DataFrame | None) -> tuple[str, pd.DataFrame]:
+    """The chosen perturbation, one eps for all or a fair one that was measured, and its table."""
     if scaled is None:
-        return layers
+        return "none", layers
     there = [s for s in SCALINGS if s == "none" or s in set(scaled["scaling"])]
     chosen = st.segmented_control(
         "Perturbation",
@@ -238,22 +219,8 @@ def perturbation(layers: pd.DataFrame, scaled: pd.DataFrame | None) -> pd.DataFr
         help="What eps is in each layer; docs/sensitivity.md has the formulas",
     )
     if chosen == "none":
-        return layers
-    return scaled[scaled["scaling"] == chosen]
-
-
-def downloads(entry: history.Entry, figures: list) -> None:
-    """Tidy CSVs, their provenance and the figures."""
-    st.caption(
-        "draws: one row a layer, draw and metric. layers: mean, sd, se and n. propagation: "
-        "relative change of every block's output. gradients: spread, SNR and sign agreement. "
-        "The others, where measured: docs/sensitivity.md. provenance.json: job, versions, device "
-        "and seeds of them all."
-    )
-    with st.container(horizontal=True, key="probe_downloads"):
-        result_files.tables(entry, probe_results.TABLES)
-        result_files.sidecar(entry)
-        result_files.report(entry, f"Sensitivity probe of {entry.job.model}", figures, [])
+        return chosen, layers
+    return chosen, scaled[scaled["scaling"] == chosen]
 
 
 begin(

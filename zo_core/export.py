@@ -3,7 +3,7 @@
 import html
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,12 @@ _PAGE = """<!doctype html>
 body {{ font: 15px/1.5 system-ui, sans-serif; color: #1c2530; max-width: 1200px; margin: 2rem auto;
        padding: 0 1rem; background: #fff }}
 h1 {{ font-size: 1.6rem }} h2 {{ font-size: 1.15rem; margin: 2rem 0 0 }}
+nav a {{ margin-right: 1.5rem }} .part > h2 {{ font-size: 1.4rem; margin-top: 3rem;
+       padding-top: 1rem; border-top: 2px solid #dde2e7 }}
+h3 {{ font-size: 1.05rem; margin: 1.75rem 0 0 }}
 pre {{ background: #f4f6f8; padding: .75rem; overflow-x: auto; white-space: pre-wrap }}
-.wide {{ overflow-x: auto }} table {{ border-collapse: collapse; font-size: 13px }}
+.wide {{ overflow-x: auto; margin: .75rem 0 }}
+table {{ border-collapse: collapse; font-size: 13px }}
 th, td {{ text-align: left; vertical-align: top; padding: .3rem .6rem;
           border-bottom: 1px solid #dde2e7 }}
 </style></head><body>
@@ -87,8 +91,13 @@ class Section:
     """A heading and what is below it, in order."""
 
     heading: str
-    items: Sequence["str | Code | pd.DataFrame | go.Figure"]
-    """Strings are paragraphs of plain text."""
+    items: Sequence["str | Code | pd.DataFrame | go.Figure | Section"]
+    """Strings are paragraphs of plain text; sections are parts of this one."""
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether there are sections in it."""
+        return any(isinstance(item, Section) for item in self.items)
 
 
 def html_page(title: str, sections: Sequence[Section]) -> bytes:
@@ -96,37 +105,56 @@ def html_page(title: str, sections: Sequence[Section]) -> bytes:
 
     Args:
         title: heading of the page.
-        sections: its content; an empty heading is left out.
+        sections: its content; an empty heading is left out. Those that have parts are linked at
+            the top.
     """
     # Here, as tables need no figures, and a GPU worker may have no plotly.
-    import plotly.graph_objects as go
     import plotly.io
 
-    parts: list[str] = []
+    white = plotly.io.templates["plotly_white"].to_plotly_json()
     n_figures = 0
-    for section in sections:
+
+    def shown(item: "str | Code | pd.DataFrame | go.Figure") -> str:
+        nonlocal n_figures
+        if isinstance(item, str):
+            return f"<p>{html.escape(item)}</p>"
+        if isinstance(item, Code):
+            return f"<pre>{html.escape(item.text)}</pre>"
+        if isinstance(item, pd.DataFrame):
+            return _html_table(item)
+        n_figures += 1
+        # As plain data: a second validation of all points would take most of the time.
+        figure = item.to_plotly_json()
+        figure["layout"]["template"] = white
+        return plotly.io.to_html(
+            figure,
+            validate=False,
+            full_html=False,
+            include_plotlyjs=n_figures == 1,
+            div_id=f"figure-{n_figures}",
+            default_width="100%",
+        )
+
+    def written(section: Section, level: int) -> Iterator[str]:
         if section.heading:
-            parts.append(f"<h2>{html.escape(section.heading)}</h2>")
+            yield f"<h{level}>{html.escape(section.heading)}</h{level}>"
         for item in section.items:
-            if isinstance(item, str):
-                parts.append(f"<p>{html.escape(item)}</p>")
-            elif isinstance(item, Code):
-                parts.append(f"<pre>{html.escape(item.text)}</pre>")
-            elif isinstance(item, pd.DataFrame):
-                parts.append(_html_table(item))
+            if isinstance(item, Section):
+                yield from written(item, level + 1)
             else:
-                white = go.Figure(item).update_layout(template="plotly_white")
-                parts.append(
-                    plotly.io.to_html(
-                        white,
-                        full_html=False,
-                        include_plotlyjs=n_figures == 0,
-                        div_id=f"figure-{n_figures}",
-                        default_width="100%",
-                    )
-                )
-                n_figures += 1
-    return _PAGE.format(title=html.escape(title), body="\n".join(parts)).encode()
+                yield shown(item)
+
+    links: list[str] = []
+    parts: list[str] = []
+    for number, section in enumerate(sections):
+        if not section.has_parts:
+            parts += written(section, 2)
+            continue
+        links.append(f'<a href="#part-{number}">{html.escape(section.heading)}</a>')
+        parts += [f'<section class="part" id="part-{number}">', *written(section, 2), "</section>"]
+    contents = [f"<nav>{''.join(links)}</nav>"] if links else []
+    body = "\n".join([*contents, *parts])
+    return _PAGE.format(title=html.escape(title), body=body).encode()
 
 
 def _html_table(table: pd.DataFrame) -> str:

@@ -3,34 +3,43 @@
 import pandas as pd
 import streamlit as st
 
-from pages.parts import history, layer_pick, result_files
+from pages.parts import history, layer_pick
+from pages.parts.words import plain
 from zo_core import plots
-
-TABLES = (
-    "draws",
-    "layers",
-    "propagation",
-    "gradients",
-    "gradients_by_batch",
-    "scalings",
-    "scaled_layers",
-    "ablation",
-    "sweep",
-    "linear_range",
+from zo_core.reports.probe import (
+    AGREEMENT,
+    EPS,
+    PROPAGATION,
+    about_place,
+    place,
+    recommended,
 )
+
+TABLES = {
+    "draws": "a row a layer, draw and metric",
+    "layers": "mean, sd, se and n over draws",
+    "propagation": "relative change of every block's output",
+    "gradients": "spread, SNR and sign agreement",
+    "gradients_by_batch": "g of every batch",
+    "scalings": "draws of the fair perturbations",
+    "scaled_layers": "the same over draws",
+    "ablation": "place or sensitivity",
+    "sweep": "draws of every eps",
+    "linear_range": "range of eps by layer",
+}
+"""What the tables of a probe hold."""
 LAYER = "probe_layer"
-Figures = list[tuple[str, object]]
+Figures = dict[str, object]
+Tables = dict[str, pd.DataFrame | None]
 
 
-def analyses(
-    entry: history.Entry, layers: pd.DataFrame, first: int | None, n_layers: int
-) -> Figures:
+def analyses(entry: history.Entry, found: Tables, first: int | None, n_layers: int) -> Figures:
     """Draw every analysis that the probe holds, with one chosen layer; gives the figures."""
-    found = {name: result_files.table(entry, name) for name in TABLES}
+    layers = found["layers"]
     probed = sorted(int(k) for k in layers["layer"].unique())
     most = entry.summary.get("most_sensitive_layer")
     chosen = layer_pick.restore(LAYER, entry.run_id, probed, most if most in probed else probed[0])
-    figures: Figures = []
+    figures: Figures = {}
     _distribution(found, first, chosen, figures)
     _propagation(found, first, chosen, figures)
     if found["ablation"] is not None:
@@ -52,12 +61,10 @@ def _draw(figures: Figures, title: str, figure: object, key: str, alt: str) -> N
         on_select=layer_pick.clicked(key, LAYER),
         selection_mode="points",
     )
-    figures.append((title, figure))
+    figures[title] = figure
 
 
-def _distribution(
-    found: dict[str, pd.DataFrame | None], first: int | None, chosen: int, figures: Figures
-) -> None:
+def _distribution(found: Tables, first: int | None, chosen: int, figures: Figures) -> None:
     draws, layers, gradients = found["draws"], found["layers"], found["gradients"]
     if draws is None or layers is None or gradients is None:
         return
@@ -83,10 +90,7 @@ def _distribution(
                 "sign_agreement": st.column_config.NumberColumn("sign agreement", format="percent"),
             },
         )
-        st.caption(
-            "Sign agreement: share of pairs of batches in which g has the same sign for the same "
-            "z; 50 % is chance. SNR: what the batches agree on over what they differ by."
-        )
+        st.caption(AGREEMENT)
     else:
         st.caption(
             "One batch: choose two or more batches to see whether another batch would give the "
@@ -94,9 +98,7 @@ def _distribution(
         )
 
 
-def _propagation(
-    found: dict[str, pd.DataFrame | None], first: int | None, chosen: int, figures: Figures
-) -> None:
+def _propagation(found: Tables, first: int | None, chosen: int, figures: Figures) -> None:
     table = found["propagation"]
     if table is None:  # a probe of an earlier version
         return
@@ -117,10 +119,7 @@ def _propagation(
         "propagation_chart",
         "Change of every block's output when a layer is perturbed",
     )
-    st.caption(
-        "Relative change of a block's output, |change| / |output| by token, mean over tokens, "
-        "draws and signs. Amplification: that over the change at the perturbed layer's own output."
-    )
+    st.caption(PROPAGATION)
 
 
 def _place(
@@ -131,16 +130,7 @@ def _place(
     figures: Figures,
 ) -> None:
     st.subheader("Place or sensitivity?", anchor=False)
-    target = entry.summary.get("equalised_own_change")
-    lead = table.loc[table["plain_relative"].idxmax()]
-    after = table.loc[table["equalised_relative"].idxmax()]
-    st.markdown(
-        f"With one eps, layer {lead['layer']:.0f} moves the loss most, "
-        f"{lead['plain_relative']:.2g} times as much as the median layer; with every layer's own "
-        f"output changed alike{f' (by {target:.3g})' if target else ''} that layer has "
-        f"{lead['equalised_relative']:.2g} times, and layer {after['layer']:.0f} leads with "
-        f"{after['equalised_relative']:.2g} times."
-    )
+    st.markdown(plain(place(table, entry.summary.get("equalised_own_change"))))
     _draw(
         figures,
         "Loss shift, plain and equalised",
@@ -148,15 +138,7 @@ def _place(
         "ablation_chart",
         "Loss shift of every layer with one eps and with equal change at its own output",
     )
-    rho = entry.summary.get("place_effect")
-    note = (
-        "Where the lines differ, a layer is felt because its own output reacts; what stays of a "
-        "lead after equalising is due to its place: the way from its output to the loss."
-    )
-    if rho is not None:
-        note += f" Rank correlation of layer and equalised loss shift: {rho:+.2f}"
-        note += " (−1: each earlier layer is felt more)."
-    st.caption(note)
+    st.caption(about_place(entry.summary.get("place_effect")))
 
 
 def _range(
@@ -167,12 +149,11 @@ def _range(
     figures: Figures,
 ) -> None:
     st.subheader("Range of eps", anchor=False)
-    eps, reason = (entry.summary.get(f"recommended_eps{end}") for end in ("", "_reason"))
+    said = recommended(entry.summary)
+    said = recommended(entry.summary)
     with st.container(key="recommended_eps"):
-        if eps is not None:
-            st.markdown(f"Recommended eps: **{eps:g}**, {reason}.")
-        elif reason:
-            st.markdown(f"No eps can be recommended for all layers: {reason}.")
+        if said:
+            st.markdown(plain(said))
     _draw(
         figures,
         f"Deviation of the projected gradient over eps, layer {chosen}",
@@ -180,11 +161,7 @@ def _range(
         "eps_chart",
         "Deviation of the projected gradient from the linear range over eps",
     )
-    st.caption(
-        "How far the projected gradients of the same draws are from those at the steadiest eps. "
-        "Too large an eps sees curvature, too small a one rounding. The linear range is within "
-        "10 %; its largest eps is recommended."
-    )
+    st.caption(EPS)
     st.dataframe(
         ranges,
         hide_index=True,
@@ -199,7 +176,7 @@ def _range(
     )
 
 
-def _detail(layer: int, layers: pd.DataFrame, found: dict[str, pd.DataFrame | None]) -> None:
+def _detail(layer: int, layers: pd.DataFrame, found: Tables) -> None:
     """The numbers of one layer."""
     own = layers[layers["layer"] == layer].set_index("metric")
     with st.container(horizontal=True):

@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import pandas as pd
-import streamlit as st
 
 from pages.parts import history
+from pages.parts.tables import read
 from zo_core.analysis.outliers import ScanTables
 
 PARTS = {
@@ -16,15 +15,6 @@ PARTS = {
     "mlp_output": "MLP output",
     "down_input": "Down-projection input",
 }
-
-
-@st.cache_data(max_entries=48, show_spinner=False)
-def _table(path: str, changed: int) -> pd.DataFrame:
-    return pd.read_parquet(path)
-
-
-def _read(path: Path) -> pd.DataFrame:
-    return _table(str(path), path.stat().st_mtime_ns)
 
 
 @dataclass(frozen=True)
@@ -41,12 +31,12 @@ class Scan:
             OSError: the scan has no layer table.
             ValueError: a table cannot be read.
         """
-        return ScanTables.read(self.entry.run.result, _read)
+        return ScanTables.read(self.entry.run.result, read)
 
     @cached_property
     def tokens(self) -> pd.DataFrame:
         """Largest magnitude by layer and token, of the first sequences."""
-        return _read(self.entry.run.result("tokens.parquet"))
+        return read(self.entry.run.result("tokens.parquet"))
 
     @cached_property
     def layers(self) -> list[int]:

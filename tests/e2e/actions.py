@@ -1,5 +1,6 @@
 """What a person does on a page: type, press, click into a chart, download."""
 
+import re
 from pathlib import Path
 
 from playwright.sync_api import Page
@@ -10,6 +11,12 @@ SLOW = 180_000  # milliseconds; jobs on a busy two-core machine
 def settled(page: Page) -> None:
     """Wait until the script of the page has run."""
     page.wait_for_selector('[data-test-script-state="notRunning"]')
+
+
+def at_rest(page: Page) -> None:
+    """Wait for the script, and for the rerun after a click or a live view, which may begin late."""
+    page.wait_for_timeout(1500)
+    settled(page)
 
 
 def key(page: Page, name: str):  # noqa: ANN201 - a playwright Locator
@@ -30,10 +37,19 @@ def fill(page: Page, name: str, value: str) -> None:
     settled(page)
 
 
+def choose(page: Page, name: str, text: str) -> None:
+    """Choose the option of a list whose text begins so; a rerun or scrolling would close it."""
+    field = key(page, name).locator("input").first
+    field.scroll_into_view_if_needed()
+    at_rest(page)
+    field.click()
+    page.get_by_role("option", name=re.compile(f"^{re.escape(text)}")).click()
+    settled(page)
+
+
 def download(page: Page, name: str, folder: Path) -> Path:
     """Press a download button once the page is at rest; the file's path."""
-    page.wait_for_timeout(1500)  # the rerun that ends a live view may not have begun
-    settled(page)
+    at_rest(page)
     with page.expect_download() as waiting:
         press(page, name)
     target = folder / waiting.value.suggested_filename

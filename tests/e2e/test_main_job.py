@@ -75,14 +75,15 @@ def test_probe_and_parse_its_csv(page: Page, app: App, tmp_path: Path) -> None:
     fill(page, "probe_draws", "2")
     fill(page, "probe_layers", "3, 4")
     press(page, "start_probe")
-    expect(key(page, "download_provenance")).to_be_visible(timeout=SLOW)
-    table = pd.read_csv(download(page, "download_draws", tmp_path))
+    expect(key(page, "download_summary")).to_be_visible(timeout=SLOW)
+    table = pd.read_csv(download(page, "download_csv", tmp_path))
     assert list(table.columns) == ["layer", "draw", "metric", "value"]
     assert set(table["layer"]) == {3, 4}
     assert set(table["draw"]) == {0, 1}
     assert table["value"].notna().all()
-    sidecar = json.loads(download(page, "download_provenance", tmp_path).read_text())
+    sidecar = json.loads(download(page, "download_summary", tmp_path).read_text())
     assert sidecar["job"]["draws"] == 2
+    assert sidecar["provenance"]["packages"]["torch"]
 
 
 def test_tune_live_reload_cancel_and_find_it_again(page: Page, app: App, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from tests.unit.families import save
 from tests.unit.planted import Plant, build
-from tests.unit.stored_scan import finished_scan
+from tests.unit.stored_runs import finished_scan
 from tests.unit.test_rooms import run_python
 from zo_core import cli, runs
 from zo_core.analysis.outliers import RULES
@@ -25,7 +25,7 @@ from zo_core.errors import UserError
 from zo_core.export import Code, Section, csv_bytes, html_page, parquet_bytes
 from zo_core.jobs import TuneJob, command_line
 from zo_core.reports import images
-from zo_core.reports.scan import scan_report
+from zo_core.reports.run import run_report
 from zo_core.runs import Run
 from zo_core.settings import settings
 
@@ -56,7 +56,7 @@ def call(*arguments: object) -> Result:
 
 
 def test_report_holds_everything_and_needs_no_network(scan: Run) -> None:
-    page = scan_report(scan).decode()
+    page = run_report(scan).decode()
     assert "The emergence rule names layer 3." in page
     for spec in RULES.values():
         assert spec.title in page
@@ -74,21 +74,23 @@ def test_report_holds_everything_and_needs_no_network(scan: Run) -> None:
 
 
 def test_report_takes_the_thresholds_of_the_page(scan: Run) -> None:
-    page = scan_report(scan, {"emergence": {"ratio": 1e6}}).decode()
+    page = run_report(scan, {"emergence": {"ratio": 1e6}}).decode()
     assert "The emergence rule names no layer." in page
     assert "ratio = 1e+06" in page
 
 
 def test_report_of_what_is_no_finished_scan_is_a_sentence(store: Path, scan: Run) -> None:
     tune = runs.create(TuneJob(), None)
-    with pytest.raises(UserError, match="is a tune, no scan"):
-        scan_report(tune)
+    with pytest.raises(
+        UserError, match="of kind tune, which has no report: choose one of kind scan, mech"
+    ):
+        run_report(tune)
     live = runs.create(scan.job, None)
     with pytest.raises(UserError, match="is queued: a report needs a whole scan"):
-        scan_report(live)
+        run_report(live)
     live.update(state="done")
     with pytest.raises(UserError, match="cannot be read"):
-        scan_report(live)
+        run_report(live)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +111,7 @@ def old(scan: Run) -> Run:
 
 def test_report_of_a_scan_of_an_earlier_version(old: Run) -> None:
     """It has layers, channels without counts, and tokens: a report of those."""
-    page = scan_report(old).decode()
+    page = run_report(old).decode()
     assert "The emergence rule names layer 3." in page
     assert "scan again" in page
     assert "Attention output" not in page
@@ -121,7 +123,7 @@ def test_report_command(scan: Run, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     answer = json.loads(done.stdout.splitlines()[-1])
     assert answer == {"run_id": scan.run_id, "out": str(out), "bytes": out.stat().st_size}
-    assert out.read_bytes() == scan_report(scan)
+    assert out.read_bytes() == run_report(scan)
     for arguments, sentence in (
         (("20200101-000000-scan-000000",), "no run"),
         ((scan.run_id, "--out", tmp_path / "no" / "x.html"), "does not exist"),
@@ -287,7 +289,7 @@ def test_a_scan_of_a_known_model_says_what_was_published(
     assert summary["bos"]["in_text"] is False
     assert summary["published"]["by"] == "configuration"
     assert [a["layer"] for a in summary["published"]["answers"]] == [1]
-    assert "published: layer 1 (a test)" in scan_report(run).decode()
+    assert "published: layer 1 (a test)" in run_report(run).decode()
 
 
 # -- the page ------------------------------------------------------------------------------------

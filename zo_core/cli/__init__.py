@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from zo_core import backend
 from zo_core.bench.main_job import as_dict, run_bench
 from zo_core.cli import compare as compare_command
-from zo_core.cli import of_run, scans
+from zo_core.cli import of_run, reports, scans
 from zo_core.cli import runs as runs_commands
 from zo_core.cli.launch import follow, launch, refuse, report, writable
 from zo_core.cli.options import with_job_options
@@ -41,7 +41,7 @@ app.add_typer(runs_commands.app, name="runs")
 app.command()(of_run.replay)
 app.command()(of_run.export)
 app.command("compare")(compare_command.compare)
-app.command("report")(scans.report)
+app.command("report")(reports.report)
 app.command("verify-known")(scans.verify_known)
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")]

@@ -1,4 +1,4 @@
-"""``python -m zo_core report`` and ``verify-known``: what comes of scans."""
+"""``python -m zo_core verify-known``: scans of known models against what was published."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -6,9 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from zo_core import runs
 from zo_core.analysis.outliers.known import KNOWN, KnownModel, Published, recognise
-from zo_core.cli.launch import CANCELLED, FAILED, follow, launch, refuse, writable
+from zo_core.cli.launch import CANCELLED, FAILED, follow, launch, refuse
 from zo_core.errors import UserError
 from zo_core.models.catalog import ModelError, cached_folder, describe
 from zo_core.runs import to_json
@@ -16,30 +15,6 @@ from zo_core.runs import to_json
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")]
 BOS = {"with": "add", "without": "none", "any": "auto"}
 """How a scan is told to treat BOS, by how the published one did."""
-
-
-def report(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="a finished scan")],
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="default: RUN.html, here")
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Write one self-contained HTML report of a scan."""
-    from zo_core.reports.scan import scan_report
-
-    target = out or Path(f"{run}.html")
-    writable(target, "--out", json)
-    if target.is_dir():
-        refuse(f"--out: {target} is a folder: give a file.", json)
-    try:
-        data = scan_report(runs.get(run))
-        target.write_bytes(data)
-    except (UserError, runs.RunNotFoundError) as error:
-        refuse(str(error), json)
-    except OSError as error:
-        refuse(f"--out: {target} cannot be written: {error.strerror}.", json)
-    typer.echo(to_json({"run_id": run, "out": str(target), "bytes": len(data)}) if json else target)
 
 
 @dataclass(frozen=True, slots=True)

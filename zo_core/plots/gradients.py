@@ -152,7 +152,14 @@ def eps_sweep(sweep: pd.DataFrame, ranges: pd.DataFrame, layer: int) -> go.Figur
             text="linear range",
             showarrow=False,
         )
-    figure.update_xaxes(title="eps (log scale)", type="log", tickformat="~g", exponentformat="e")
+    # The eps that were measured: plotly's own ticks of a log axis run into one another.
+    measured = sorted(table["eps"].unique())
+    figure.update_xaxes(
+        title="eps (log scale)",
+        type="log",
+        tickvals=measured,
+        ticktext=[f"{eps:g}" for eps in measured],
+    )
     figure.update_yaxes(
         title="deviation of g", tickformat=".0%", range=[-0.03, min(1.55, _top(table))]
     )

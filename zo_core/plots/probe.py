@@ -13,13 +13,14 @@ METRICS = {
     "projected_gradient": ("Projected gradient (signed)", "nats per unit of z"),
     "loss_shift": ("Loss shift", "nats"),
     "output_kl": ("Output KL", "nats"),
-    "own_output_change": ("Own change", "relative change of the layer's own output"),
-    "final_output_change": ("Final change", "relative change of the last block's output"),
+    "own_output_change": ("Own change", "relative, layer's own output"),
+    "final_output_change": ("Final change", "relative, last block's output"),
 }
 """Metrics of a probe: title and unit."""
 
 NON_NEGATIVE = (
     "abs_projected_gradient",
+    "loss_shift",
     "output_kl",
     "own_output_change",
     "final_output_change",

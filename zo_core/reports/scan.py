@@ -1,5 +1,6 @@
-"""The report of an activation scan: one HTML file with figures, rules, settings and versions."""
+"""The report of an activation scan: figures, rules, settings and versions."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -9,8 +10,8 @@ from zo_core.analysis.outliers import RULES, ScanTables
 from zo_core.analysis.outliers.agreement import consensus, judge_all, rules_table
 from zo_core.analysis.outliers.weights import owl_weights
 from zo_core.errors import UserError
-from zo_core.export import Code, Section, html_page
-from zo_core.jobs import ScanJob, command_line
+from zo_core.export import Section
+from zo_core.reports.stored import about_run, origin
 from zo_core.runs import Run
 
 PARTS = {
@@ -21,19 +22,18 @@ PARTS = {
 }
 
 
-def scan_report(run: Run, parameters: dict[str, dict[str, float]] | None = None) -> bytes:
-    """Everything about one scan in one HTML file that opens offline.
+def scan_sections(
+    run: Run, parameters: Mapping[str, Mapping[str, float]] | None = None
+) -> list[Section]:
+    """Everything about one scan; the first paragraph is what it found.
 
     Args:
         run: a finished scan.
         parameters: thresholds that replace the defaults of rules.
 
     Raises:
-        UserError: the run is no scan, has not finished, or its tables cannot be read.
+        UserError: it has not finished, or its tables cannot be read.
     """
-    job = run.job
-    if not isinstance(job, ScanJob):
-        raise UserError(f"run: {run.run_id} is a {job.kind}, no scan: choose a scan.")
     if run.status().state != "done":
         raise UserError(f"run: {run.run_id} is {run.status().state}: a report needs a whole scan.")
     try:
@@ -41,20 +41,20 @@ def scan_report(run: Run, parameters: dict[str, dict[str, float]] | None = None)
         tokens = pd.read_parquet(run.result("tokens.parquet"))
     except (OSError, ValueError) as error:
         raise UserError(f"run: the tables of {run.run_id} cannot be read: {error}.") from error
-    summary, facts = run.result_json() or {}, run.result_json("provenance.json") or {}
+    summary = run.result_json() or {}
     verdicts = judge_all(tables, parameters)
     first = verdicts["emergence"].layer
     named = "no layer" if first is None else f"layer {first}"
     rules = rules_table(verdicts)
     answers = (summary.get("published") or {}).get("answers", [])
-    sections = [
+    return [
         Section(
             "",
             [
                 f"The emergence rule names {named}. {verdicts['emergence'].reason}",
                 consensus(verdicts),
                 *(f"{summary['published']['name']}, {a['sentence']}." for a in answers),
-                f"Run {run.run_id}. Layers are 0-based; layer -1 is the embedding output.",
+                f"{about_run(run)} Layers are 0-based; layer -1 is the embedding output.",
             ],
         ),
         Section(
@@ -71,11 +71,8 @@ def scan_report(run: Run, parameters: dict[str, dict[str, float]] | None = None)
         *_parts(tables, first),
         *_heatmaps(tables, tokens, first),
         *_owl(tables, first, verdicts["owl"].parameters["m"]),
-        Section("Settings", [_facts(job.model_dump(mode="json")), _facts(_measured(summary))]),
-        Section("Versions and hardware", [_facts(_flat(facts))]),
-        Section("Reproduce", [Code(command_line(job))]),
+        *origin(run, ("n_sequences", "n_tokens", "dtype", "device", "bos", "seconds")),
     ]
-    return html_page(f"Activation scan of {job.model}", sections)
 
 
 def _published_layer(answers: list[dict[str, Any]]) -> int | None:
@@ -112,24 +109,3 @@ def _owl(tables: ScanTables, first: int | None, m: float) -> list[Section]:
     if tables.owl is None or tables.owl.empty:
         return []
     return [Section("OWL weighting", [plots.layer_weights(owl_weights(tables.owl, m), m, first)])]
-
-
-def _measured(summary: dict[str, Any]) -> dict[str, Any]:
-    names = ("n_sequences", "n_tokens", "dtype", "device", "bos", "seconds")
-    return _flat({name: summary[name] for name in names if name in summary})
-
-
-def _flat(facts: dict[str, Any]) -> dict[str, Any]:
-    """Nested facts as ``outer.inner``; the job has a table of its own."""
-    flat: dict[str, Any] = {}
-    for name, value in facts.items():
-        if isinstance(value, dict) and name != "job":
-            flat |= {f"{name}.{inner}": v for inner, v in value.items()}
-        elif name != "job":
-            flat[name] = value
-    return flat
-
-
-def _facts(facts: dict[str, Any]) -> pd.DataFrame:
-    rows = [(name, str(value)) for name, value in facts.items() if value is not None]
-    return pd.DataFrame(rows, columns=["setting", "value"])
