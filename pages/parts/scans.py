@@ -18,6 +18,17 @@ PARTS = {
 }
 
 
+def named(part: str) -> str:
+    """A part within a sentence: "attention output", "MLP output"."""
+    name = PARTS[part]
+    return name if name.startswith("MLP") else name.lower()
+
+
+def unit(part: str) -> str:
+    """What a channel of a part is called: those of the down-projection input are neurons."""
+    return "neuron" if part == "down_input" else "channel"
+
+
 @st.cache_data(max_entries=48, show_spinner=False)
 def _table(path: str, changed: int) -> pd.DataFrame:
     return pd.read_parquet(path)
@@ -52,14 +63,6 @@ class Scan:
     def layers(self) -> list[int]:
         """Numbers of the blocks."""
         return [int(k) for k in self.tables.layers["layer"] if k >= 0]
-
-    @property
-    def channels(self) -> pd.DataFrame:
-        """Largest magnitude by layer and channel."""
-        table = self.tables.channels
-        if table is None:
-            return pd.DataFrame(columns=["layer", "channel", "magnitude"], dtype=float)
-        return table
 
     def parts(self) -> list[str]:
         """The parts that the scan has statistics of."""

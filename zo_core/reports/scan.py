@@ -96,8 +96,9 @@ def _parts(tables: ScanTables, first: int | None) -> list[Section]:
 
 def _heatmaps(tables: ScanTables, tokens: pd.DataFrame, first: int | None) -> list[Section]:
     sections = []
-    if tables.channels is not None:
-        figure = plots.channel_heatmap(tables.channels, first)
+    channels = tables.channels_of("block_output")
+    if not channels.empty:
+        figure = plots.channel_heatmap(channels, first)
         sections.append(Section("Layer by channel, block output", [figure]))
     if not tokens.empty:
         sequence = int(tokens["sequence"].min())
