@@ -2,9 +2,9 @@
 
 For each layer, over all real tokens of all sequences: the statistics of
 :mod:`zo_core.analysis.statistics` of the block output, the attention output, the MLP output and the
-down-projection input; the largest magnitude of every channel of each; and, for the first sequences,
-the largest magnitude of the block output at every token. Statistics are taken in float32 (sums in float64) whatever the
-model's dtype. Columns and definitions: docs/scan.md.
+down-projection input, with the largest magnitude of every channel; and, for the first sequences,
+the largest magnitude of the block output at every token. Statistics are taken in float32 (sums in
+float64) whatever the model's dtype. Columns and definitions: docs/scan.md.
 """
 
 from bisect import bisect_right
