@@ -123,9 +123,9 @@ def by_channel(
         if index == 0:
             figures[title] = figure
 
-    if part == "down_input":
-        st.caption("Neurons of one number in two layers have nothing to do with each other.")
     side_by_side(scans, draw)
+    if figures and part == "down_input":
+        st.caption("Neurons of one number in two layers have nothing to do with each other.")
     return figures
 
 
