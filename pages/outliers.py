@@ -23,7 +23,7 @@ TABLES = {
     "layers": "block output by layer",
     "parts": "the same statistics of all four parts",
     "rules": "what each rule says, with its numbers",
-    "channels": "largest magnitude by layer and channel",
+    "channels": "largest magnitude by layer, part and channel",
     "tokens": "largest magnitude by layer and token",
     "weights": "down-projections, weights only",
     "owl": "shares of Wanda scores by layer",

@@ -7,10 +7,11 @@ import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
-from pages.parts.scans import PARTS, Scan
+from pages.parts.scans import Scan
 from pages.parts.verdict import fine_tune
 from pages.parts.words import layer_name, plain
 from zo_core import plots
+from zo_core.reports.parts import PARTS, named, unit
 
 WINDOW, WINDOW_OF_TWO = 64, 32  # tokens shown at once: of one scan, of two side by side
 CHANNELS, CHANNELS_OF_TWO = 64, 32
@@ -32,8 +33,8 @@ def pictures(scans: Sequence[Scan], firsts: Firsts, selected: int) -> dict[str, 
     st.subheader("Statistics by layer", anchor=False)
     part = choose_part(scans)
     figures = profiles(scans, firsts, selected, part)
-    figures["Layer by channel"] = by_channel(scans, firsts, selected)
-    figures["Layer by token"] = by_token(scans, firsts, selected)
+    figures |= by_channel(scans, firsts, selected, part)
+    figures["Layer by token, block output"] = by_token(scans, firsts, selected)
 
     st.subheader("Layer detail", anchor=False)
     with st.container(horizontal=True, vertical_alignment="bottom", key="layer_detail"):
@@ -50,7 +51,7 @@ def pictures(scans: Sequence[Scan], firsts: Firsts, selected: int) -> dict[str, 
 
 
 def choose_part(scans: Sequence[Scan]) -> str:
-    """Which part of the block the statistics are of."""
+    """Which part of the block the statistics and the heatmap of channels are of."""
     there = [part for part in PARTS if all(part in scan.parts() for scan in scans)]
     part = there[0]
     if len(there) > 1:
@@ -76,14 +77,15 @@ def profiles(
 
     def draw(index: int, scan: Scan) -> None:
         table = tables[index]
-        profile = plots.profile(table, firsts[index], selected, scale if len(scans) > 1 else None)
+        shared = scale if len(scans) > 1 else None
+        profile = plots.profile(table, firsts[index], selected, shared, unit(part))
         alt = "Top-1 to top-3, median and quantiles of magnitudes by layer"
         chart(profile, "profile_chart", alt, index)
-        found = {f"Profile, {PARTS[part].lower()}": profile}
+        found = {f"Profile, {named(part)}": profile}
         if "kurtosis" in table:
             kurtosis = plots.kurtosis(table, firsts[index])
             chart(kurtosis, "kurtosis_chart", "Kurtosis by layer", index)
-            found[f"Kurtosis, {PARTS[part].lower()}"] = kurtosis
+            found[f"Kurtosis, {named(part)}"] = kurtosis
         if index == 0:
             figures.update(found)
 
@@ -91,34 +93,54 @@ def profiles(
     return figures
 
 
-def by_channel(scans: Sequence[Scan], firsts: Firsts, selected: int) -> go.Figure:
-    """Layer x channel; the first scan's figure."""
-    st.subheader("Layer by channel", anchor=False)
+def by_channel(
+    scans: Sequence[Scan], firsts: Firsts, selected: int, part: str
+) -> dict[str, go.Figure]:
+    """Layer x channel of one part; the first scan's figure, if it has one, by its title."""
+    title = f"Layer by {unit(part)}, {named(part)}"
+    st.subheader(title, anchor=False)
+    tables = [scan.tables.channels_of(part) for scan in scans]
     count = CHANNELS if len(scans) == 1 else CHANNELS_OF_TWO
     one_model = len({(s.entry.job.model, s.entry.job.revision) for s in scans}) == 1
-    shared = plots.top_channels(pd.concat([s.channels for s in scans]), count)
-    shown = [shared if one_model else plots.top_channels(s.channels, count) for s in scans]
+    shared = plots.top_channels(pd.concat(tables), count)
+    shown = [shared if one_model else plots.top_channels(table, count) for table in tables]
     scale = plots.log_range(
         *(
-            s.channels.loc[s.channels["channel"].isin(columns), "magnitude"]
-            for s, columns in zip(scans, shown, strict=True)
+            table.loc[table["channel"].isin(columns), "magnitude"]
+            for table, columns in zip(tables, shown, strict=True)
         )
     )
-    figures = []
+    figures: dict[str, go.Figure] = {}
 
     def draw(index: int, scan: Scan) -> None:
-        figure = plots.channel_heatmap(scan.channels, firsts[index], selected, shown[index], scale)
-        figures.append(figure)
-        alt = "Largest magnitude by layer and channel"
+        if tables[index].empty:
+            st.caption(no_channels(scan, part))
+            return
+        figure = plots.channel_heatmap(
+            tables[index], firsts[index], selected, shown[index], scale, unit(part)
+        )
+        alt = f"Largest magnitude by layer and {unit(part)}, {named(part)}"
         chart(figure, "channel_chart", alt, index, links=True)
+        if index == 0:
+            figures[title] = figure
 
     side_by_side(scans, draw)
-    return figures[0]
+    if figures and part == "down_input":
+        st.caption("Neurons of one number in two layers have nothing to do with each other.")
+    return figures
+
+
+def no_channels(scan: Scan, part: str) -> str:
+    """Why a scan has no magnitudes by channel of a part."""
+    channels = scan.tables.channels
+    if channels is None or "part" not in channels:
+        return f"This scan is of a version that kept no {unit(part)}s of this part: scan again."
+    return f"No layer of this model has one set of {unit(part)}s here: they are those of experts."
 
 
 def by_token(scans: Sequence[Scan], firsts: Firsts, selected: int) -> go.Figure:
-    """Layer x token of one sequence of each scan; the first scan's figure."""
-    st.subheader("Layer by token", anchor=False)
+    """Layer x token of one sequence of each scan, block output; the first scan's figure."""
+    st.subheader("Layer by token, block output", anchor=False)
     if scans[0].covered:
         st.caption(f"The {scans[0].covered}: tokens of the others are not kept.")
     window = WINDOW if len(scans) == 1 else WINDOW_OF_TWO
@@ -164,7 +186,7 @@ def choose_sequence(tables: Sequence[pd.DataFrame], window: int) -> tuple[int, i
 
 
 def detail(scans: Sequence[Scan], layer: int, part: str) -> None:
-    """The largest magnitudes of one layer: of a part, and of the block output by token."""
+    """The largest magnitudes of one layer: of a part, and its channels; of tokens."""
     magnitude = {"magnitude": st.column_config.NumberColumn("magnitude", format="%.4g")}
 
     def draw(index: int, scan: Scan) -> None:
@@ -174,7 +196,7 @@ def detail(scans: Sequence[Scan], layer: int, part: str) -> None:
         of_part = scan.part(part).set_index("layer")
         st.markdown(PARTS[part])
         if layer in of_part.index:
-            metrics(of_part.loc[layer])
+            metrics(of_part.loc[layer], unit(part))
         else:
             st.caption("This layer has no such part.")
         row = scan.tables.layers.set_index("layer").loc[layer]
@@ -190,10 +212,11 @@ def detail(scans: Sequence[Scan], layer: int, part: str) -> None:
             if scan.covered:
                 st.caption(f"Top-1 to top-3 of the whole scan, the rest from the {scan.covered}.")
         with right:
-            st.markdown("Top channels, block output")
-            top = scan.channels[scan.channels["layer"] == layer].nlargest(10, "magnitude")
+            st.markdown(f"Top {unit(part)}s, {named(part)}")
+            channels = scan.tables.channels_of(part)
+            top = channels[channels["layer"] == layer].nlargest(10, "magnitude")
             st.dataframe(
-                top[["channel", "magnitude"]],
+                top[["channel", "magnitude"]].rename(columns={"channel": unit(part)}),
                 hide_index=True,
                 key=f"top_channels_{index}",
                 column_config=magnitude,
@@ -202,8 +225,8 @@ def detail(scans: Sequence[Scan], layer: int, part: str) -> None:
     side_by_side(scans, draw)
 
 
-def metrics(row: pd.Series) -> None:
-    """Top-1 to 3 and the median of a layer."""
+def metrics(row: pd.Series, unit: str) -> None:
+    """Top-1 to 3 and the median of a layer; ``unit``: what a channel is called."""
     with st.container(horizontal=True):
         for r in (1, 2, 3):
             st.metric(
@@ -212,7 +235,7 @@ def metrics(row: pd.Series) -> None:
                 border=True,
                 width=210,
                 delta=f"{plots.visible(row[f'top{r}_token'])[:14]} · "
-                f"channel {row[f'top{r}_channel']:.0f}",
+                f"{unit} {row[f'top{r}_channel']:.0f}",
                 delta_color="off",
                 delta_arrow="off",
             )

@@ -8,13 +8,7 @@ import pandas as pd
 from pages.parts import history
 from pages.parts.tables import read
 from zo_core.analysis.outliers import ScanTables
-
-PARTS = {
-    "block_output": "Block output",
-    "attention_output": "Attention output",
-    "mlp_output": "MLP output",
-    "down_input": "Down-projection input",
-}
+from zo_core.reports.parts import PARTS
 
 
 @dataclass(frozen=True)
@@ -42,14 +36,6 @@ class Scan:
     def layers(self) -> list[int]:
         """Numbers of the blocks."""
         return [int(k) for k in self.tables.layers["layer"] if k >= 0]
-
-    @property
-    def channels(self) -> pd.DataFrame:
-        """Largest magnitude by layer and channel."""
-        table = self.tables.channels
-        if table is None:
-            return pd.DataFrame(columns=["layer", "channel", "magnitude"], dtype=float)
-        return table
 
     def parts(self) -> list[str]:
         """The parts that the scan has statistics of."""

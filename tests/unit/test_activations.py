@@ -70,6 +70,7 @@ def assert_equals(scan: ActivationScan, stack: Stack, rtol: float) -> None:
     """Every statistic of the scan is the one of the stored outputs."""
     table = scan.layers().set_index("layer")
     channels = scan.channels()
+    channels = channels[channels["part"] == "block_output"]
     assert list(table.index) == sorted(stack)
     for layer, parts in stack.items():
         row, every = table.loc[layer], torch.cat(parts)

@@ -5,7 +5,7 @@ of a GPU would. The test on a GPU makes the real allocator refuse.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from zo_core.jobs import ModelFields, ReplayJob, TuneJob
 from zo_core.models import resident
 from zo_core.models.load import LoadedModel, load
 from zo_core.progress import Cancelled, JobContext
+from zo_core.recipes import evaluations, tune
 from zo_core.recipes.replay import run_replay
 from zo_core.recipes.tune import run_tune
 from zo_core.runs import Run
@@ -59,26 +60,55 @@ def go(job: TuneJob, run: Run | None = None) -> Run:
 
 
 @contextmanager
-def room_for(tokens: int) -> Iterator[None]:
-    """Within, the last block of the model refuses more tokens than this."""
-    block = resident.acquire(TuneJob(**SMALL), lambda _line: None).decoder.blocks[-1]
+def meeting(hook: Callable[[int], None], block: int = -1) -> Iterator[None]:
+    """Within, a hook is told how many tokens a block of the model meets, before it runs."""
+    blocks = resident.acquire(TuneJob(**SMALL), lambda _line: None).decoder.blocks
 
-    def refuse(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def count(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        if hidden.shape[:-1].numel() > tokens:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+        hook(hidden.shape[:-1].numel())
 
-    handle = block.register_forward_pre_hook(refuse, with_kwargs=True)
+    handle = blocks[block].register_forward_pre_hook(count, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
 
 
+def room_for(tokens: int, block: int = -1) -> AbstractContextManager[None]:
+    """Within, a block of the model, the last one, refuses more tokens than this."""
+
+    def refuse(met: int) -> None:
+        if met > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    return meeting(refuse, block)
+
+
+@contextmanager
+def during_evaluations(within: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Every evaluation has a context of its own."""
+    evaluate = evaluations.evaluate
+
+    def watched(*args: Any) -> dict[str, float | int]:
+        with within():
+            return evaluate(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluations, "evaluate", watched)
+        yield
+
+
 def steps_of(run: Run) -> list[dict[str, Any]]:
     """The ledger, without what takes time."""
     records = [r for r in run.read_metrics()[0] if r["kind"] == "step"]
     return [{k: v for k, v in r.items() if k != "seconds"} for r in records]
+
+
+def outcomes_of(run: Run) -> list[dict[str, Any]]:
+    """The evaluations, without what takes time."""
+    records = [r for r in run.read_metrics()[0] if r["kind"] == "eval"]
+    return [{k: v for k, v in r.items() if k != "eval_seconds"} for r in records]
 
 
 def weights_of(run: Run) -> dict[str, torch.Tensor]:
@@ -95,18 +125,10 @@ def same(one: Run, other: Run) -> bool:
 
 def tokens_of_a_step(job: TuneJob) -> int:
     """Most tokens that the last block meets at once, in a run with all the memory it wants."""
-    most = 0
-    loaded = resident.acquire(job, lambda _line: None)
-
-    def note(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal most
-        hidden = args[0] if args else kwargs["hidden_states"]
-        most = max(most, hidden.shape[:-1].numel())
-
-    handle = loaded.decoder.blocks[-1].register_forward_pre_hook(note, with_kwargs=True)
-    go(job)
-    handle.remove()
-    return most
+    met: list[int] = []
+    with meeting(met.append):
+        go(job)
+    return max(met)
 
 
 @pytest.mark.parametrize(
@@ -128,17 +150,21 @@ def test_the_batch_is_split_and_the_run_goes_on(fields: dict[str, Any]) -> None:
                 go(job, part)
         go(job, part)
     details = split.status().details
-    given_up = [line.partition(": ")[2] for line in details["out_of_memory"]]
+    of_steps = [line for line in details["out_of_memory"] if "evaluation" not in line]
+    given_up = [line.partition(": ")[2] for line in of_steps if "batch split" in line]
+    frees = [line.partition(": ")[2] for line in details["out_of_memory"] if "cache" in line]
     cache = ["prefix cache emptied", "prefix cache moved to host memory"]
     halves = [f"batch split into micro-batches of {n}" for n in (2, 1)]
-    wanted = (cache if details["path"] == "fast" else []) + halves
-    assert given_up == wanted[: len(given_up)]
+    assert frees == (cache if details["path"] == "fast" else [])
+    assert given_up == halves[: len(given_up)]
     assert details["micro_batch"] in (1, 2)
     log = (split.path / "log.txt").read_text()
     assert all(line in log for line in details["out_of_memory"])
+    if job.optimizer != "adamw":
+        parts = [[r.get("micro_batches", 1) for r in steps_of(run)] for run in (split, whole)]
+        assert max(parts[0]) > max(parts[1])
     for ours, theirs in zip(steps_of(split), steps_of(whole), strict=True):
         assert ours["forward_passes"] == theirs["forward_passes"]
-        assert ours["micro_batches"] > theirs.get("micro_batches", 1) if ours["g"] else True
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         for a, b in zip(ours["g"], theirs["g"], strict=True):
             # a float32 rounding of each loss, divided by 2 eps
@@ -162,6 +188,104 @@ def _stopping_after(step: int) -> Callable[[Run, dict[str, Any]], None]:
             raise Cancelled
 
     return append
+
+
+@pytest.mark.parametrize(
+    ("begins", "fields"),
+    [
+        (0, {}),
+        (3, {}),
+        (3, {"precision": "inplace"}),
+        (0, {"optimizer": "adamw", "checkpoint_every": 2}),
+    ],
+    ids=["before training", "after step 2", "inplace", "adamw"],
+)
+def test_an_evaluation_splits_its_own_batches(begins: int, fields: dict[str, Any]) -> None:
+    """It says so once, for this run and a resumed one; training stays the same to the bit."""
+    job = TuneJob(**(SMALL | {"eval_every": 1} | fields))
+    met: list[list[int]] = []
+
+    def noted() -> AbstractContextManager[None]:
+        met.append([])
+        return meeting(met[-1].append, 0)
+
+    with during_evaluations(noted):
+        whole = go(job)
+    room, calls = min(map(max, met)) - 1, 0
+
+    def shortage() -> AbstractContextManager[None]:
+        """From one of the evaluations on; the first block also meets the frozen prefixes."""
+        nonlocal calls
+        calls += 1
+        return room_for(room, 0) if calls > begins else nullcontext()
+
+    with during_evaluations(shortage):
+        split = go(job)
+        calls, part = 0, runs.create(job, None)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Run, "append_metrics", _stopping_after(3))
+            with pytest.raises(Cancelled):
+                go(job, part)
+        calls = begins
+        go(job, part)
+    for run in (split, part):
+        assert steps_of(run) == steps_of(whole)
+        assert same(run, whole)
+        said, log = run.status().details["out_of_memory"], (run.path / "log.txt").read_text()
+        assert said == split.status().details["out_of_memory"]
+        when = f"out of memory in an evaluation at step {2 if begins else 0}: "
+        assert all(line.startswith(when) for line in said)
+        assert said[-1] == f"{when}batch split into micro-batches of 2"
+        assert all(log.count(line) == 1 for line in said)
+        assert run.status().details["eval_micro_batch"] == 2
+        assert "micro_batch" not in run.status().details
+        for ours, theirs in zip(outcomes_of(run), outcomes_of(whole), strict=True):
+            assert ours.pop("eval_forward_passes") >= theirs.pop("eval_forward_passes")
+            assert ours.pop("loss") == pytest.approx(theirs.pop("loss"), rel=1e-5)
+            assert ours == theirs
+    assert outcomes_of(part) == outcomes_of(split)
+
+
+def test_a_step_that_splits_leaves_the_evaluations_whole() -> None:
+    """Each has its own micro-batch: dev losses before and after the split are comparable."""
+    job = TuneJob(**SMALL)
+    whole = go(job)
+    with pytest.MonkeyPatch.context() as patch:
+        train = tune.train
+
+        def short(*args: Any) -> None:
+            if args[-1] > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            train(*args)
+
+        patch.setattr(tune, "train", short)
+        split = go(job)
+    assert split.status().details["micro_batch"] == 2
+    assert "eval_micro_batch" not in split.status().details
+    passes = [r["eval_forward_passes"] for r in outcomes_of(split)]
+    assert passes == [r["eval_forward_passes"] for r in outcomes_of(whole)]
+
+
+def test_an_evaluation_is_not_lost_with_the_step_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Out of memory between a step and its evaluation: both are there in the end, once."""
+    job = TuneJob(**(SMALL | {"checkpoint_every": 2}))
+    whole = go(job)
+    save, saves = tune.save_checkpoint, 0
+
+    def refuse(*args: Any) -> None:
+        nonlocal saves
+        saves += 1
+        if saves == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        save(*args)
+
+    monkeypatch.setattr(tune, "save_checkpoint", refuse)
+    broken = go(job)
+    assert outcomes_of(broken) == outcomes_of(whole)
+    assert steps_of(broken) == steps_of(whole)
+    assert same(broken, whole)
 
 
 @pytest.mark.parametrize("optimizer", ["zo-sgd", "momentum", "adamw"])
@@ -275,7 +399,7 @@ def test_a_real_allocator_that_refuses() -> None:
     def tuned(megabytes: int | None) -> list[dict[str, Any]]:
         forward = FastForward(demo, 3, graphs=True)
         forward.register(rows)
-        ladder = MemoryLadder(forward, job.batch_size, lambda line, _n: said.append(line))
+        ladder = MemoryLadder(forward, [rows], job.batch_size, lambda line, _n: said.append(line))
         ledger: list[dict[str, Any]] = []
         scope = TunedScope(scope_parameters(demo, 3))
         optimizer, progress = make_optimizer(job), Progress()
@@ -296,7 +420,7 @@ def test_a_real_allocator_that_refuses() -> None:
             room = torch.cuda.memory_reserved() + megabytes * 2**20
             torch.cuda.set_per_process_memory_fraction(room / total)
         try:
-            ladder.hold(steps, lambda: progress.step + 1, again)
+            ladder.hold(steps, lambda: f"at step {progress.step + 1}", again)
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
             scope.close()

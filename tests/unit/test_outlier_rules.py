@@ -163,6 +163,20 @@ def test_int8_names_the_first_layer_that_has_the_share_of_positions() -> None:
     assert verdict.numbers["features"] == 1
 
 
+def test_int8_reads_the_block_output_alone() -> None:
+    """Whatever the other parts hold; a scan without the column is of the block output."""
+    large = {(k, 3): 40 for k in range(2, 8)}
+    block = channels_of(8, large)
+    loud = channels_of(8, {(k, c): 90 for k in range(8) for c in range(CHANNELS)})
+    wider = loud.assign(channel=loud["channel"] + CHANNELS, part="down_input")
+    parts = pd.concat([loud.assign(part="mlp_output"), block.assign(part="block_output"), wider])
+    old, new = (tables_of([5.0] * 8, channels=channels) for channels in (block, parts))
+    assert first_outlier_layer("int8", new) == first_outlier_layer("int8", old)
+    assert first_outlier_layer("int8", new).layer == 2
+    assert old.channels_of("down_input").empty
+    assert len(new.channels_of("down_input")) == len(loud)
+
+
 def test_int8_is_not_moved_by_one_massive_token() -> None:
     large = {(k, 4): 1 for k in range(2, 8)}
     verdict = first_outlier_layer("int8", tables_of([5000.0] * 8, channels=channels_of(8, large)))

@@ -4,6 +4,7 @@ import math
 import random
 from collections import defaultdict
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -184,6 +185,28 @@ def test_every_part_equals_brute_force(family: str) -> None:
                 assert row[name] == pytest.approx(wanted[name], rel=bound, abs=1e-7), (key, name)
             for name in ABOVE:
                 assert row[name] == pytest.approx(wanted[name], abs=rtol * 10), (key, name)
+    for scan, (_, rtol) in zip((alone, padded), tables, strict=True):
+        check_channels(scan.channels(), brute, rtol)
+
+
+def check_channels(channels: pd.DataFrame, brute: Rows, rtol: float) -> None:
+    """Every channel of every part, once, in order; those of experts are too many to be kept."""
+    kept = sorted(
+        key
+        for key, rows in brute.items()
+        if not any(first for sequence in rows for _, first, _ in sequence)  # not of experts
+    )
+    groups = dict(list(channels.groupby(["layer", "part"], observed=True)))
+    assert sorted(groups) == kept
+    for key in kept:
+        rows = torch.stack([x for sequence in brute[key] for _, _, x in sequence]).abs()
+        own = groups[key]
+        assert own["channel"].tolist() == list(range(rows.shape[1]))
+        # A channel that is near zero is as inexact as its large neighbours.
+        near = rtol * float(rows.max())
+        np.testing.assert_allclose(own["magnitude"], rows.amax(0), rtol=rtol, atol=near)
+        if not rtol:
+            assert own["tokens6"].tolist() == (rows >= 6).sum(0).tolist()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi3", "qwen2-moe"])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import struct
 import xml.dom.minidom
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from tests.unit.families import save
 from tests.unit.planted import Plant, build
 from tests.unit.stored_runs import finished_scan
 from tests.unit.test_rooms import run_python
-from zo_core import cli, runs
+from zo_core import cli, plots, runs
 from zo_core.analysis.outliers import RULES
 from zo_core.analysis.outliers.known import KnownModel, Published
 from zo_core.cli import scans
@@ -104,7 +105,8 @@ def old(scan: Run) -> Run:
     ]
     run.write_result("layers.parquet", layers.drop(columns=since).to_parquet())
     run.write_result("tokens.parquet", scan.result("tokens.parquet").read_bytes())
-    channels = pd.read_parquet(scan.result("channels.parquet")).drop(columns="tokens6")
+    channels = pd.read_parquet(scan.result("channels.parquet"))
+    channels = channels[channels["part"] == "block_output"].drop(columns=["part", "tokens6"])
     run.write_result("channels.parquet", channels.to_parquet())
     return run
 
@@ -151,6 +153,34 @@ def test_tables_come_back_from_csv_and_parquet(scan: Run) -> None:
         again = pd.read_parquet(io.BytesIO(parquet_bytes(table)))
         pd.testing.assert_frame_equal(again, table)
         assert len(pd.read_csv(io.BytesIO(csv_bytes(table)), keep_default_na=False)) == len(table)
+
+
+# -- layer by channel ----------------------------------------------------------------------------
+
+
+def test_heatmap_of_a_part_with_layers_of_other_sizes() -> None:
+    """Layer 1 has no such part and layer 2 fewer neurons: empty cells, every layer in its row."""
+    sizes = {0: 5, 2: 2, 3: 5}
+    table = pd.DataFrame(
+        [
+            {"layer": k, "part": "down_input", "channel": c, "magnitude": 10.0 * k + c + 1}
+            for k, n in sizes.items()
+            for c in range(n)
+        ]
+    )
+    assert plots.top_channels(table, 3) == [4, 3, 2]
+    figure = plots.channel_heatmap(table, shown=[4, 1], unit="neuron")
+    cells, marks = figure.data
+    assert list(cells.y) == [0, 1, 2, 3]
+    there = [[not math.isnan(v) for v in row] for row in cells.z]
+    assert there == [[True, True], [False, False], [False, True], [True, True]]
+    assert cells.z[3][0] == pytest.approx(math.log10(35))
+    assert figure.layout.xaxis.title.text == "top 2 neurons by largest magnitude, strongest first"
+    assert [tuple(m) for m in marks.customdata[-3:]] == [
+        (2, 1, "neuron 1", "22"),
+        (3, 4, "neuron 4", "35"),
+        (3, 1, "neuron 1", "32"),
+    ]
 
 
 # -- images --------------------------------------------------------------------------------------
@@ -316,9 +346,19 @@ def test_page_moves_thresholds_and_compares(store: Path, scan: Run, old: Run) ->
         app.selectbox(key="outlier_rule").set_value("owl").run()
         app.selectbox(key="rule_owl_m").set_value(13.0).run()
         print(app.header[0].value)
-        app.segmented_control(key="outlier_part").set_value("down_input").run()
+        for part in ("mlp_output", "down_input"):
+            app.segmented_control(key="outlier_part").set_value(part).run()
+            print([s.value for s in app.subheader if s.value.startswith("Layer by")])
+        print(list(app.dataframe[-1].value.columns))
         app.selectbox(key="compare_with").set_value({other.run_id!r}).run()
         print(list(table().columns)[:3], len(app.get("plotly_chart")))
+        import pandas as pd
+        file = {str(other.result("channels.parquet"))!r}
+        channels = pd.read_parquet(file)
+        before = channels[channels["part"] == "block_output"].drop(columns="part")
+        before.to_parquet(file)
+        app.run()
+        print(len(app.get("plotly_chart")), [c.value for c in app.caption if "kept no" in c.value])
         app.selectbox(key="scan_run").set_value({old.run_id!r}).run()
         app.selectbox(key="outlier_rule").set_value("int8").run()
         print(app.header[0].value, list(table()["layer"]).count("not in this scan"))
@@ -331,6 +371,11 @@ def test_page_moves_thresholds_and_compares(store: Path, scan: Run, old: Run) ->
     assert lines[3] == "Layer 3 (4th of 16) is the first outlier layer"
     assert lines[4] == "none found 3"
     assert "has the largest weight" in lines[5]
+    by_token = "Layer by token, block output"
+    assert lines[6] == str(["Layer by channel, MLP output", by_token])
+    assert lines[7] == str(["Layer by neuron, down-projection input", by_token])
+    assert lines[8] == "['neuron', 'magnitude']"
     # Rules, and twice: profile, kurtosis, channels and tokens; and the layer weights.
-    assert lines[6] == "['layer', 'other', 'agree'] 10"
-    assert lines[7] == "This scan cannot tell 4"
+    assert lines[9] == "['layer', 'other', 'agree'] 10"
+    assert lines[10].startswith("9 ['This scan is of a version that kept no neurons of this part")
+    assert lines[11] == "This scan cannot tell 4"

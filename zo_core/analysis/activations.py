@@ -2,9 +2,9 @@
 
 For each layer, over all real tokens of all sequences: the statistics of
 :mod:`zo_core.analysis.statistics` of the block output, the attention output, the MLP output and the
-down-projection input; the largest magnitude of every channel; and, for the first sequences, the
-largest magnitude at every token. Statistics are taken in float32 (sums in float64) whatever the
-model's dtype. Columns and definitions: docs/scan.md.
+down-projection input, with the largest magnitude of every channel; and, for the first sequences,
+the largest magnitude of the block output at every token. Statistics are taken in float32 (sums in
+float64) whatever the model's dtype. Columns and definitions: docs/scan.md.
 """
 
 from bisect import bisect_right
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -200,21 +201,24 @@ class ActivationScan:
         return parts[parts["part"] == PARTS[0]].drop(columns="part").reset_index(drop=True)
 
     def channels(self) -> pd.DataFrame:
-        """``layer, channel, magnitude, tokens6`` of every block output."""
-        frames = []
-        for layer, observer in self.observers.items():
-            statistics = observer.statistics[PARTS[0]]
-            frames.append(
-                pd.DataFrame(
-                    {
-                        "layer": layer,
-                        "channel": range(statistics.channels),
-                        "magnitude": statistics.channel_max.cpu().numpy(),
-                        "tokens6": statistics.channel_tokens.cpu().numpy(),
-                    }
-                )
-            )
-        return pd.concat(frames, ignore_index=True)
+        """``layer, part, channel, magnitude, tokens6`` of every part that is kept by channel."""
+        kept = [
+            (layer, which, observer.statistics[part])
+            for layer, observer in self.observers.items()
+            for which, part in enumerate(PARTS)
+            if part in observer.statistics and observer.statistics[part].by_channel
+        ]
+        layers, parts, statistics = zip(*kept, strict=True)
+        sizes = [s.channels for s in statistics]
+        return pd.DataFrame(
+            {
+                "layer": np.repeat(layers, sizes),
+                "part": pd.Categorical.from_codes(np.repeat(parts, sizes), list(PARTS)),
+                "channel": np.concatenate([np.arange(size) for size in sizes]),
+                "magnitude": torch.cat([s.channel_max for s in statistics]).cpu().numpy(),
+                "tokens6": torch.cat([s.channel_tokens for s in statistics]).cpu().numpy(),
+            }
+        )
 
     def tokens(self) -> pd.DataFrame:
         """``sequence, position, token, layer, magnitude, channel`` of the first sequences."""

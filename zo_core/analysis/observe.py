@@ -128,9 +128,10 @@ class BlockObserver:
             largest = real[:n].abs().float().nan_to_num(0.0, 0.0, 0.0).max(-1)
             self.kept.append((self.batch.tokens[:n], largest.values, largest.indices))
 
-    def _statistics(self, part: str, channels: int) -> Statistics:
+    def _statistics(self, part: str, channels: int, routed: bool = False) -> Statistics:
         if part not in self.statistics:
-            by_channel = part == "block_output" and self.layer >= 0
+            # Experts x neurons would be channels by the hundred thousand.
+            by_channel = self.layer >= 0 and not routed
             self.statistics[part] = Statistics(channels, self._device, by_channel)
         return self.statistics[part]
 
@@ -245,7 +246,7 @@ class BlockObserver:
         assert self.batch is not None
         first_shared = experts.count * experts.width
         width = first_shared + (shared[1].shape[-1] if shared is not None else 0)
-        statistics = self._statistics("down_input", width)
+        statistics = self._statistics("down_input", width, routed=True)
         self._project(experts.module, experts, 0)
         for states, expert, row in self._routed:
             tokens = self.batch.numbers(row)

@@ -130,8 +130,10 @@ class Statistics:
             ]
         )
         if self.by_channel:
-            self.channel_max = torch.maximum(self.channel_max, magnitude.amax(0))
-            self.channel_tokens += (magnitude >= FEATURE).sum(0)
+            largest = magnitude.amax(0)
+            self.channel_max = torch.maximum(self.channel_max, largest)
+            if bool((largest >= FEATURE).any()):
+                self.channel_tokens += (magnitude >= FEATURE).sum(0, dtype=torch.int32)
 
     def _rank(
         self,

@@ -40,6 +40,7 @@ def profile(
     first: int | None = None,
     selected: int | None = None,
     scale: Range | None = None,
+    unit: str = "channel",
 ) -> go.Figure:
     """Top-1..3, median and quantile bands of the magnitudes by layer, log axis.
 
@@ -48,6 +49,7 @@ def profile(
         first: the first outlier layer, marked if given.
         selected: a layer chosen by the user, marked if given.
         scale: range of the axis; None: the data's.
+        unit: what a channel is called.
     """
     table = layers.sort_values("layer")
     figure = go.Figure()
@@ -76,7 +78,7 @@ def profile(
         has_token = f"{column}_token" in table
         where = (
             [
-                f"<br>token {plain(t)} at position {p}, channel {c}"
+                f"<br>token {plain(t)} at position {p}, {unit} {c}"
                 for t, p, c in zip(
                     table[f"{column}_token"],
                     table[f"{column}_position"],
@@ -162,26 +164,30 @@ def channel_heatmap(
     selected: int | None = None,
     shown: Sequence[int] | None = None,
     scale: Range | None = None,
+    unit: str = "channel",
 ) -> go.Figure:
     """Layer x channel: the largest magnitude of every channel of every layer.
 
+    A layer without such a part, or with fewer channels, has no cell there.
+
     Args:
-        channels: ``results/channels.parquet`` of a scan.
+        channels: the rows of one part of ``results/channels.parquet`` of a scan.
         first: the first outlier layer, outlined.
         selected: a layer chosen by the user, marked at the side.
         shown: channels, in order; None: :func:`top_channels`.
         scale: range of the colours; None: the data's.
+        unit: what a channel is called.
     """
     blocks = channels[channels["layer"] >= 0]
     columns = top_channels(channels) if shown is None else list(shown)
     matrix = blocks[blocks["channel"].isin(columns)].pivot(
         index="layer", columns="channel", values="magnitude"
     )
-    matrix = matrix.reindex(columns=columns)
+    matrix = matrix.reindex(index=range(int(blocks["layer"].max()) + 1), columns=columns)
     names = [str(c) for c in columns]
-    hovers = [f"channel {c}" for c in names]
+    hovers = [f"{unit} {c}" for c in names]
     figure = _magnitudes(matrix, names, hovers, columns, first, selected, scale)
-    figure.update_xaxes(title=f"top {len(names)} channels by largest magnitude, strongest first")
+    figure.update_xaxes(title=f"top {len(names)} {unit}s by largest magnitude, strongest first")
     return figure
 
 
@@ -265,7 +271,7 @@ def _magnitudes(
         selected={"marker": {"opacity": 0}},
         unselected={"marker": {"opacity": 0}},
         customdata=[
-            [layer, int(key), hover, number(value)]
+            [layer, int(key), hover, "none" if math.isnan(value) else number(value)]
             for layer, row in zip(layers, values, strict=True)
             for key, hover, value in zip(keys, hovers, row, strict=True)
         ],

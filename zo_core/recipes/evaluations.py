@@ -6,6 +6,10 @@ weights. The base weights take part as step 0: a run that never improves on them
 dev loss is measured at the first dev evaluation, by setting them back for a moment, so that the
 first step does not wait for it.
 
+An evaluation that runs out of memory goes down a ladder of its own
+(:mod:`zo_core.zo.out_of_memory`): it is begun again with smaller batches, the later ones keep to
+them, also in a resumed run, and no bit of the training changes.
+
 The record of a dev evaluation comes first and ``best.safetensors`` follows it. A kill between the
 two leaves an older file, which a resumed run replaces: from the weights that it comes back to, or
 from the ledger.
@@ -25,7 +29,7 @@ from zo_core.tasks.evaluate import METRICS, evaluate
 from zo_core.tasks.templates import Example
 from zo_core.zo.checkpoint import BEST, read_checkpoint, rebuild, save_best, step_of
 from zo_core.zo.first_order import AdamW
-from zo_core.zo.forward import CHUNK, Forward
+from zo_core.zo.forward import Forward
 from zo_core.zo.optimizers import ZoSgd
 from zo_core.zo.out_of_memory import MemoryLadder
 from zo_core.zo.scope import TunedScope
@@ -60,7 +64,7 @@ class Evaluations:
             task: says how rows are evaluated.
             loaded: the model.
             forward: the path that scores.
-            ladder: says how many examples it can take.
+            ladder: that of the evaluations; says how many examples a forward pass can take.
             scope: what is tuned.
             examples: split -> rows; no dev rows mean no dev evaluation.
             keep: receives every new record.
@@ -144,11 +148,11 @@ class Evaluations:
             away = step == 0 and self._at > 0
 
             def attempt() -> dict[str, float | int]:
-                size = min(CHUNK, self._job.batch_size, self._ladder.micro_batch)
+                size = self._ladder.micro_batch
                 with self._scope.at_base() if away else nullcontext():
                     return evaluate(self._task, self._loaded, self._forward, rows, size, tick)
 
-            found = self._ladder.hold(attempt, lambda: self._at)
+            found = self._ladder.hold(attempt, lambda: f"in an evaluation at step {self._at}")
             passes = found.pop("forward_passes")
             record = {"kind": "eval", "step": step, "split": split, **found}
             record["eval_seconds"] = round(time.perf_counter() - began, 4)

@@ -104,9 +104,10 @@ def _tune(
             run.append_metrics(record)
             tracking.log(record)
 
-        ladder = _ladder(job, run, context, forward)
+        ladder, ladder_of_evaluations = _ladders(job, run, context, forward, examples)
         evaluations = Evaluations(
-            job, run, context, data.task, loaded, forward, ladder, scope, examples, keep, records
+            *(job, run, context, data.task, loaded, forward, ladder_of_evaluations),
+            *(scope, examples, keep, records),
         )
         evaluations.resume(optimizer, progress.step, records)
 
@@ -132,6 +133,8 @@ def _tune(
             context.check_cancelled()
 
         def steps() -> None:
+            if evaluations.look(progress.step):  # the last step's may have been cut off
+                raise PatienceOverError
             train(
                 *(job, loaded, forward, scope, optimizer, training, progress, on_step, looks),
                 ladder.micro_batch,
@@ -149,10 +152,9 @@ def _tune(
 
         before = evaluations.measure("validation", 0)
         context.detail(before=before)
-        stopped = evaluations.look(progress.step)
+        stopped = False
         try:
-            if not stopped:
-                ladder.hold(steps, lambda: progress.step + 1, come_back)
+            ladder.hold(steps, lambda: f"at step {progress.step + 1}", come_back)
         except (LossNotFiniteError, MemoryExhaustedError):
             raise  # the weights have run away, or half of a step: the checkpoint is the better one
         except PatienceOverError:
@@ -242,17 +244,33 @@ def _choose_path(
     )
 
 
-def _ladder(job: TuneJob, run: Run, context: JobContext, forward: Forward) -> MemoryLadder:
-    """Where an interrupted run stood, or the highest rung; every rung is kept with the run."""
+def _ladders(
+    job: TuneJob,
+    run: Run,
+    context: JobContext,
+    forward: Forward,
+    examples: dict[str, list[Example]],
+) -> tuple[MemoryLadder, MemoryLadder]:
+    """Those of the steps and of the evaluations; every rung is kept with the run.
+
+    They begin on the highest rung, or where an interrupted run stood.
+    """
     known = run.status().details
     sentences: list[str] = list(known.get("out_of_memory", []))
 
-    def said(sentence: str, micro_batch: int) -> None:
-        sentences.append(sentence)
-        context.detail(out_of_memory=sentences, micro_batch=micro_batch)
-        context.log(sentence)
+    def ladder(batch_size: int, detail: str, *splits: str) -> MemoryLadder:
+        def said(sentence: str, micro_batch: int) -> None:
+            sentences.append(sentence)
+            context.detail(**{"out_of_memory": sentences, detail: micro_batch})
+            context.log(sentence)
 
-    return MemoryLadder(forward, job.batch_size, said, known.get("micro_batch"))
+        rows = [examples[split] for split in splits]
+        return MemoryLadder(forward, rows, batch_size, said, known.get(detail))
+
+    return (
+        ladder(job.batch_size, "micro_batch", "train"),
+        ladder(min(CHUNK, job.batch_size), "eval_micro_batch", "dev", "validation"),
+    )
 
 
 def _fingerprint(

@@ -11,15 +11,9 @@ from zo_core.analysis.outliers.agreement import consensus, judge_all, rules_tabl
 from zo_core.analysis.outliers.weights import owl_weights
 from zo_core.errors import UserError
 from zo_core.export import Section
+from zo_core.reports.parts import PARTS, named, unit
 from zo_core.reports.stored import about_run, origin
 from zo_core.runs import Run
-
-PARTS = {
-    "block_output": "Block output",
-    "attention_output": "Attention output",
-    "mlp_output": "MLP output",
-    "down_input": "Down-projection input",
-}
 
 
 def scan_sections(
@@ -93,9 +87,11 @@ def _parts(tables: ScanTables, first: int | None) -> list[Section]:
 
 def _heatmaps(tables: ScanTables, tokens: pd.DataFrame, first: int | None) -> list[Section]:
     sections = []
-    if tables.channels is not None:
-        figure = plots.channel_heatmap(tables.channels, first)
-        sections.append(Section("Layer by channel, block output", [figure]))
+    for part in PARTS:
+        channels = tables.channels_of(part)
+        if not channels.empty:
+            figure = plots.channel_heatmap(channels, first, unit=unit(part))
+            sections.append(Section(f"Layer by {unit(part)}, {named(part)}", [figure]))
     if not tokens.empty:
         sequence = int(tokens["sequence"].min())
         figure = plots.token_heatmap(tokens, sequence, first=first)

@@ -70,8 +70,8 @@ class Forward(Protocol):
             What was given up, in words; None if there is nothing left.
         """
 
-    def limit(self, examples: int) -> None:
-        """Hear that no forward pass will hold more examples than this."""
+    def limit(self, examples: int, rows: Sequence[Example]) -> None:
+        """Hear that no forward pass over a data set will hold more examples than this."""
 
 
 def _one_by_one(
@@ -130,7 +130,7 @@ class ReferenceForward:
         """Nothing is held between two passes."""
         return None
 
-    def limit(self, examples: int) -> None:
+    def limit(self, examples: int, rows: Sequence[Example]) -> None:
         """A pass holds what it is given."""
 
 
@@ -197,9 +197,9 @@ class FastForward:
             return "CUDA graphs given up"
         return None
 
-    def limit(self, examples: int) -> None:
-        """Compute the prefixes of so many examples together at most, too."""
-        self._frozen.limit(examples)
+    def limit(self, examples: int, rows: Sequence[Example]) -> None:
+        """Compute the prefixes of so many of a data set's examples together at most, too."""
+        self._frozen.limit(examples, rows)
 
     def use_graphs(self, on: bool) -> None:
         """Switch CUDA graphs off or on again; the kernels stay the same, and so do the bits."""

@@ -32,7 +32,6 @@ class FrozenLayers:
         self._chunk = chunk
         self._budget = _default_budget(loaded.device) if budget is None else budget
         self._chunks: dict[int, tuple[Example, ...]] = {}
-        self._sets: list[Sequence[Example]] = []
         self._cache: dict[int, torch.Tensor] = {}
         self._emptied = self._on_host = False
         self._returned = 0
@@ -60,22 +59,23 @@ class FrozenLayers:
         if need > self._budget:
             return
         self._budget -= need
-        self._sets.append(examples)
-        self._divide(examples)
+        self._divide(examples, self._chunk)
 
-    def _divide(self, examples: Sequence[Example]) -> None:
-        for chunk in batches(len(examples), self._chunk):
-            members = tuple(examples[i] for i in chunk)
+    def _divide(self, examples: Sequence[Example], chunk: int) -> None:
+        for part in batches(len(examples), chunk):
+            members = tuple(examples[i] for i in part)
             self._chunks.update({id(e): members for e in members})
 
-    def limit(self, examples: int) -> None:
-        """Compute the prefixes of at most so many examples together, also those known already."""
-        if examples >= self._chunk:
+    def limit(self, examples: int, rows: Sequence[Example]) -> None:
+        """Compute the prefixes of at most so many rows of a data set together, cached ones anew.
+
+        Other data sets keep their chunks, and so their bits.
+        """
+        if examples >= self._chunk or not rows or id(rows[0]) not in self._chunks:
             return
-        self._chunk = examples
-        self._cache.clear()
-        for known in self._sets:
-            self._divide(known)
+        self._divide(rows, examples)
+        for example in rows:
+            self._cache.pop(id(example), None)
 
     def give_up(self) -> str | None:
         """Free device memory; what was given up, in words, or None if nothing is left to give.

@@ -7,8 +7,7 @@ MAGNITUDE = 6
 
 
 def _int8(tables: ScanTables, layers: float, positions: float) -> Verdict:
-    channels = tables.channels
-    assert channels is not None
+    channels = tables.channels_of("block_output")
     channels = channels[channels["layer"] >= 0]
     channels = channels.assign(reaches=channels["magnitude"] >= MAGNITUDE)
     n_layers, n_channels = channels["layer"].nunique(), channels["channel"].nunique()

@@ -23,7 +23,8 @@ class ScanTables:
     parts: pd.DataFrame | None = None
     """One row a layer and part (block, attention and MLP output, down-projection input)."""
     channels: pd.DataFrame | None = None
-    """One row a layer and channel: largest magnitude, tokens with a magnitude of 6 or more."""
+    """One row a layer, part and channel: largest magnitude, tokens with one of 6 or more; see
+    :meth:`channels_of`."""
     weights: pd.DataFrame | None = None
     """One row a down-projection: its weights."""
     owl: pd.DataFrame | None = None
@@ -52,6 +53,17 @@ class ScanTables:
                 if name == "layers" or path.is_file()
             }
         )
+
+    def channels_of(self, part: str = "block_output") -> pd.DataFrame:
+        """The rows of :attr:`channels` of one part; none if the scan kept none.
+
+        A scan of an earlier version has the block output alone, and no column ``part``.
+        """
+        if self.channels is None:
+            return pd.DataFrame(columns=["layer", "channel", "magnitude"], dtype=float)
+        if "part" in self.channels:
+            return self.channels[self.channels["part"] == part]
+        return self.channels if part == "block_output" else self.channels[:0]
 
     def named(self) -> dict[str, pd.DataFrame]:
         """The tables that are there, by name."""
