@@ -7,7 +7,7 @@ from pages.parts.routes import PAGE_OF_KIND, PAGES
 from pages.parts.words import count, plain, shorten, size
 from zo_core import backend
 
-BUSY_SECONDS, IDLE_SECONDS = 2.0, 8.0
+SECONDS = 2.0
 ENGINE_STATES = {
     "idle": ("gray", "not started"),
     "starting": ("orange", "starting"),
@@ -16,23 +16,13 @@ ENGINE_STATES = {
 }
 
 
+@st.fragment(run_every=SECONDS)
 def engine_panel() -> None:
-    """Draw the panel and keep it fresh: often while something happens, slowly otherwise."""
-    busy = _busy()
+    """Draw the panel and keep it fresh.
 
-    def tick() -> None:
-        _draw()
-        if _busy() != busy:
-            st.rerun()  # the interval is set by the full run
-
-    st.fragment(tick, run_every=BUSY_SECONDS if busy else IDLE_SECONDS)()
-
-
-def _busy() -> bool:
-    return backend.engine_status()[0] == "starting" or bool(history.live() or comparisons.live())
-
-
-def _draw() -> None:
+    It never reruns the app: its timer may fire for a page that the browser has just left, and the
+    app would then run that page again, into a browser that shows another.
+    """
     state, sentence = backend.engine_status()
     colour, word = ENGINE_STATES.get(state, ("gray", state))
     with st.container(key="engine_panel", gap="small"):
