@@ -10,6 +10,7 @@ from pages.parts import history, launch, run_view
 from pages.parts.choice import Choice, current, describe, remember
 from pages.parts.device_memory import Device, dtype_of, gpus
 from pages.parts.frame import begin
+from pages.parts.links import button_link
 from pages.parts.routes import PAGES
 from pages.parts.words import count, layer_name, plain, size
 from zo_core import backend
@@ -72,13 +73,8 @@ def steps(choice: Choice, info: ModelInfo | None) -> None:
         with column.container(border=True, height="stretch", key=f"step_{page}"):
             st.markdown(f"**{title}**" + (" :green[:material/check:]" if entry else ""))
             st.markdown(text)
-            if st.button(
-                label,
-                key=f"open_{page}",
-                icon=":material/arrow_forward:",
-                type="primary" if i == upcoming else "secondary",
-            ):
-                st.switch_page(PAGES[page])
+            icon = ":material/arrow_forward:"
+            button_link(PAGES[page], label, f"open_{page}", icon, primary=i == upcoming)
 
 
 def pick(choice: Choice) -> Choice:

@@ -5,6 +5,7 @@ import streamlit as st
 
 from pages.parts import curve, history, run_view
 from pages.parts.frame import begin
+from pages.parts.links import button_link
 from pages.parts.routes import KIND_TITLES, PAGE_OF_KIND
 from pages.parts.words import clock, elapsed, plain
 from zo_core import plots
@@ -26,8 +27,7 @@ def jobs() -> None:
                         f"**{KIND_TITLES[entry.job.kind]}** · {plain(entry.title)}", width="content"
                     )
                     st.space("stretch")
-                    if st.button("Open", key=f"open_{entry.run_id}", icon=":material/open_in_new:"):
-                        open_run(entry)
+                    open_run(entry, f"open_{entry.run_id}")
                     run_view.cancel_button(entry, key=f"cancel_{entry.run_id}")
                 run_view.progress(entry)
         if not live:
@@ -45,9 +45,10 @@ def states(entries: list[history.Entry]) -> list[tuple[str, str]]:
     return [(entry.run_id, entry.status.state) for entry in entries]
 
 
-def open_run(entry: history.Entry) -> None:
-    """Show a run on the page of its kind."""
-    st.switch_page(PAGE_OF_KIND[entry.job.kind], query_params={"run": entry.run_id})
+def open_run(entry: history.Entry, key: str, primary: bool = False) -> None:
+    """A link to a run on the page of its kind."""
+    page = PAGE_OF_KIND[entry.job.kind]
+    button_link(page, "Open", key, ":material/open_in_new:", primary, run=entry.run_id)
 
 
 def filtered(entries: list[history.Entry]) -> list[history.Entry]:
@@ -126,15 +127,8 @@ def actions(selected: list[history.Entry]) -> None:
     one = selected[0] if len(selected) == 1 else None
     ended = [e for e in selected if not e.status.live]
     with st.container(horizontal=True, vertical_alignment="center", key="run_actions"):
-        if st.button(
-            "Open",
-            key="open_run",
-            type="primary",
-            icon=":material/open_in_new:",
-            disabled=one is None,
-        ):
-            open_run(one)
         if one:
+            open_run(one, "open_run", primary=True)
             st.download_button(
                 "Export (zip)",
                 one.run.zip_bytes,
@@ -192,8 +186,9 @@ st.subheader("History", anchor=False)
 everything = history.entries()
 if not everything:
     st.info("No run yet. Begin with a scan of the bundled model.", icon=":material/blur_on:")
-    if st.button("Scan the model", key="go_scan", type="primary", icon=":material/arrow_forward:"):
-        st.switch_page(PAGE_OF_KIND["scan"])
+    button_link(
+        PAGE_OF_KIND["scan"], "Scan the model", "go_scan", ":material/arrow_forward:", primary=True
+    )
 else:
     matching = filtered(everything)
     if matching:

@@ -7,11 +7,11 @@ from pages.parts import history, launch, probe_results, run_view
 from pages.parts.choice import Choice, current, describe, line
 from pages.parts.forms import data_folder, missing_layers, parse_layers, task_picker
 from pages.parts.frame import begin
+from pages.parts.links import fine_tune
 from pages.parts.live_chart import live_chart
 from pages.parts.own_task import own_fields
 from pages.parts.preview import preview
 from pages.parts.result_exports import exports
-from pages.parts.routes import PAGES
 from pages.parts.tables import tables
 from pages.parts.words import layer_name, plain
 from zo_core import plots
@@ -158,13 +158,7 @@ def show(entry: history.Entry) -> None:
             )
         with st.container(horizontal=True):
             for layer in dict.fromkeys(k for k in (most, first) if k is not None):
-                if st.button(
-                    f"Fine-tune layer {layer}",
-                    key=f"fine_tune_{layer}",
-                    type="primary" if layer == most else "secondary",
-                    icon=":material/trending_down:",
-                ):
-                    st.switch_page(PAGES["fine_tune"], query_params={"scope": f"layer:{layer}"})
+                fine_tune(layer, f"Fine-tune layer {layer}", f"fine_tune_{layer}", layer == most)
     measured = [m for m in plots.METRICS if m in set(layers["metric"])]
     metric = st.segmented_control(
         "Metric",

@@ -7,8 +7,8 @@ import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
+from pages.parts.links import fine_tune
 from pages.parts.scans import Scan
-from pages.parts.verdict import fine_tune
 from pages.parts.words import layer_name, plain
 from zo_core import plots
 from zo_core.reports.parts import PARTS, named, unit

@@ -5,7 +5,7 @@ from typing import Any
 
 import streamlit as st
 
-from pages.parts.routes import PAGES
+from pages.parts.links import fine_tune
 from pages.parts.words import layer_name, plain
 from zo_core import plots
 from zo_core.analysis.outliers import RULES, ScanTables, Verdict
@@ -195,11 +195,3 @@ def _side_by_side(
 
 def _named(verdicts: dict[str, Verdict]) -> list[str]:
     return [STATES.get(v.state, str(v.layer)) for v in verdicts.values()]
-
-
-def fine_tune(layer: int, label: str, key: str, primary: bool = False) -> None:
-    """A button that opens the fine-tune page on one layer."""
-    if st.button(
-        label, key=key, type="primary" if primary else "secondary", icon=":material/trending_down:"
-    ):
-        st.switch_page(PAGES["fine_tune"], query_params={"scope": f"layer:{layer}"})

@@ -90,7 +90,7 @@ def test_tune_live_reload_cancel_and_find_it_again(page: Page, app: App, tmp_pat
     """From the outlier page's button to a live curve, a reload, a cancel, the Runs page."""
     page.goto(f"{app.url}/outliers")
     settled(page)
-    page.get_by_role("button", name="Fine-tune dominant layer").click()
+    page.get_by_role("link", name="Fine-tune dominant layer").click()
     expect(key(page, "start_tune")).to_be_visible()
     expect(key(page, "start_tune_command")).to_contain_text("layer:3")
     fill(page, "tune_steps", "0")
