@@ -1,9 +1,9 @@
 """Links to another page that look like buttons.
 
-They are links, not buttons that call ``st.switch_page``, for a reason beside the middle mouse button:
-the browser then knows that it leaves, and its timers stop. Under ``st.switch_page`` a timer can still
-ask for a fragment of the page that is left; Streamlit 1.67 runs it after the new page, and the
-browser, told of a page that it no longer shows, empties what it shows.
+They are links, not buttons that call ``st.switch_page``, for a reason beside the middle mouse
+button: the browser then knows that it leaves, and its timers stop. Under ``st.switch_page`` a timer
+can still ask for a fragment of the page that is left; Streamlit 1.67 runs it after the new page,
+and the browser, told of a page that it no longer shows, empties what it shows.
 """
 
 import streamlit as st
@@ -40,7 +40,8 @@ def button_link(
     with st.container(key=key, width="content", gap=None):
         st.html(
             f"<style>.st-key-{key} a {{{style} border-radius: .4rem; padding: .25rem .75rem; "
-            f"min-height: 2.4rem}} .st-key-{key} a:hover {{filter: brightness(1.08)}}{inner}</style>"
+            f"min-height: 2.4rem}} .st-key-{key} a:hover {{filter: brightness(1.08)}}{inner}"
+            "</style>"
         )
         st.page_link(page, label=label, icon=icon, query_params=query)
 

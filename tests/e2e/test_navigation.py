@@ -2,8 +2,9 @@
 
 import pytest
 from playwright.sync_api import Page, WebSocketRoute, expect
+from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
 
-from tests.e2e.actions import settled
+from tests.e2e.actions import key, settled
 from tests.e2e.conftest import App
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -11,41 +12,52 @@ TIMER = 2500
 """Milliseconds, more than the engine panel waits between two looks."""
 
 
-def test_a_late_timer_does_not_empty_the_page(page: Page, app: App) -> None:
-    """The browser asks for a fragment of the page it is about to leave, as on a slow line."""
-    held: list[str | bytes] = []
-    slow = False
+class SlowLine:
+    """The connection of a tab; after :meth:`stall` it holds back what follows the end of a run."""
 
-    def line(browser: WebSocketRoute) -> None:
-        server = browser.connect_to_server()
+    def __init__(self, page: Page) -> None:
+        """Stand between the page and the app."""
+        self._held: list[str | bytes] = []
+        self._stalls = self._stalled = False
+        page.route_web_socket("**/_stcore/stream", self._connect)
 
-        def to_browser(message: str | bytes) -> None:
-            held.append(message)
-            if not slow:
-                deliver()
+    def _connect(self, browser: WebSocketRoute) -> None:
+        self._browser = browser
+        browser.connect_to_server().on_message(self._take)
 
-        def deliver() -> None:
-            while held:
-                browser.send(held.pop(0))
+    def _take(self, message: str | bytes) -> None:
+        self._held.append(message)
+        if not self._stalled:
+            self._deliver()
+        assert isinstance(message, bytes)
+        ended = ForwardMsg.FromString(message).WhichOneof("type") == "script_finished"
+        self._stalled |= self._stalls and ended
 
-        nonlocal release
-        release = deliver
-        server.on_message(to_browser)
+    def _deliver(self) -> None:
+        while self._held:
+            self._browser.send(self._held.pop(0))
 
-    def release() -> None:
-        raise AssertionError("no connection")
+    def stall(self) -> None:
+        """Hold back from the end of the next run on."""
+        self._stalls = True
 
-    page.route_web_socket("**/_stcore/stream", line)
-    page.goto(f"{app.url}/outliers")
+    def go_on(self) -> None:
+        """Deliver everything."""
+        self._stalls = self._stalled = False
+        self._deliver()
+
+
+def test_a_late_timer_does_not_empty_the_next_page(page: Page, app: App) -> None:
+    """Between the run that leaves a page and the run of the next one no timer may ask for more."""
+    line = SlowLine(page)
+    page.goto(app.url)
     settled(page)
-    expect(page.get_by_role("heading", name="Outliers")).to_be_visible()
     page.wait_for_timeout(TIMER)
-    for name in ("Sensitivity", "Runs"):
-        slow = True
-        page.get_by_role("link", name=name).first.click()
-        page.wait_for_timeout(TIMER)
-        slow = False
-        release()
-        expect(page.get_by_role("heading", name=name)).to_be_visible()
-        page.wait_for_timeout(TIMER)
-        expect(page.get_by_role("heading", name=name)).to_be_visible()
+    line.stall()
+    key(page, "open_outliers").locator("a, button").first.click()
+    page.wait_for_timeout(2 * TIMER)
+    line.go_on()
+    heading = page.get_by_role("heading", name="Outliers", exact=True)
+    expect(heading).to_be_visible()
+    page.wait_for_timeout(TIMER)
+    expect(heading).to_be_visible()
