@@ -208,6 +208,18 @@ def memory(choice: Choice, info: ModelInfo) -> None:
     )
 
 
+def memory_once_known(choice: Choice, info: ModelInfo) -> None:
+    """The same, and the page once more when the worker has said what it has."""
+    known = Device.of(choice).free is not None
+
+    def tick() -> None:
+        memory(choice, info)
+        if not known and Device.of(choice).free is not None:
+            st.rerun()  # the list of devices, too
+
+    st.fragment(tick, run_every=None if known else 2.0)()
+
+
 def architecture(info: ModelInfo) -> None:
     """What the model is, from its configuration and weight headers."""
     heads = f"{info.n_heads}" if info.n_heads else "not stated"
@@ -288,7 +300,7 @@ with left:
         st.rerun()  # the steps above show the new model
     if info is not None:
         st.subheader("Memory needed", anchor=False)
-        memory(choice, info)
+        memory_once_known(choice, info)
         st.subheader("Load", anchor=False)
         loading(choice)
 with right:

@@ -28,6 +28,11 @@ class Choice:
         """The fields of a job spec."""
         return asdict(self)
 
+    def query(self) -> dict[str, str]:
+        """What differs from the defaults, as parameters of a link."""
+        values = zip(fields(self), astuple(self), strict=True)
+        return {f.name: value for f, value in values if value and value != f.default}
+
     @property
     def label(self) -> str:
         """The model's name with its revision."""
@@ -48,11 +53,7 @@ def current() -> Choice:
 def remember(choice: Choice) -> None:
     """Keep the choice for all pages and mirror what differs from the defaults into the URL."""
     st.session_state[_KEY] = choice
-    wanted = {
-        f.name: value
-        for f, value in zip(fields(choice), astuple(choice), strict=True)
-        if value and value != f.default
-    }
+    wanted = choice.query()
     for f in fields(choice):
         if f.name not in wanted:
             st.query_params.pop(f.name, None)

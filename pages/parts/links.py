@@ -8,6 +8,7 @@ and the browser, told of a page that it no longer shows, empties what it shows.
 
 import streamlit as st
 
+from pages.parts.choice import current
 from pages.parts.routes import PAGES
 
 
@@ -27,7 +28,7 @@ def button_link(
         key: of the container around it, for its style and for tests.
         icon: a material icon.
         primary: filled with the primary colour.
-        query: parameters of the link.
+        query: parameters of the link, beside the chosen model's.
     """
     theme = st.context.theme.type or "light"
     edge = st.get_option(f"theme.{theme}.borderColor")
@@ -43,7 +44,7 @@ def button_link(
             f"min-height: 2.4rem}} .st-key-{key} a:hover {{filter: brightness(1.08)}}{inner}"
             "</style>"
         )
-        st.page_link(page, label=label, icon=icon, query_params=query)
+        st.page_link(page, label=label, icon=icon, query_params=current().query() | query)
 
 
 def fine_tune(layer: int, label: str, key: str, primary: bool = False) -> None:

@@ -117,7 +117,13 @@ def by_channel(
             st.caption(no_channels(scan, part))
             return
         figure = plots.channel_heatmap(
-            tables[index], firsts[index], selected, shown[index], scale, unit(part)
+            tables[index],
+            firsts[index],
+            selected,
+            shown[index],
+            scale,
+            unit(part),
+            int(scan.tables.layers["layer"].max()) + 1,
         )
         alt = f"Largest magnitude by layer and {unit(part)}, {named(part)}"
         chart(figure, "channel_chart", alt, index, links=True)

@@ -187,6 +187,7 @@ STATES: list[tuple[State, bool, str, str]] = [
     ("failed", False, "resume_comparison", "The disk is full."),
     ("done", False, "resume_comparison", "7 of 27 cells done, 2 failed, 1 diverged"),
     ("done", False, "start_comparison", "7 of 27 cells done, 1 diverged"),
+    ("done", False, "resume_comparison", "7 of 27 cells done, 2 failed or diverged"),
 ]
 
 
@@ -200,6 +201,7 @@ def test_states(cache: Path) -> None:
     made[3].update(replace(made[3].status(), error="The disk is full."))
     made[4].update(replace(made[4].status(), failed=2, diverged=1))
     made[5].update(replace(made[5].status(), diverged=1))
+    made[6].update(replace(made[6].status(), failed=2))  # of a version that counted both as one
     names = [c.comparison_id for c in made]
     code = f"""{OPEN}
     for name in [*{names!r}, "../../etc"]:
@@ -214,8 +216,8 @@ def test_states(cache: Path) -> None:
         assert button in line
         assert words in line
     assert "resume_comparison" not in lines[5], "what diverged would diverge again"
-    assert "There is no comparison ../../etc" in lines[6]
-    assert lines[7] == "[]"
+    assert "There is no comparison ../../etc" in lines[7]
+    assert lines[8] == "[]"
 
 
 def test_nobody_starts_a_second_driver(cache: Path) -> None:

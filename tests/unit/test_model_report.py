@@ -261,3 +261,21 @@ def test_pages_offer_every_table_and_figure(store: Store) -> None:
     for line in lines[1::2]:
         assert line.startswith("CSV Parquet HTML ")
         assert line.endswith("Report (HTML) Whole model (HTML) summary.json Raw run (zip) False")
+
+
+@pytest.mark.parametrize(
+    "useless", [{"dtype": "bfloat16", "eps": 1e-8}, {"dtype": "float16", "eps": 10.0}]
+)
+def test_a_probe_without_usable_numbers_has_a_report(
+    store: Store, useless: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing moved, or nothing is finite: the report, and the model's, say so."""
+    monkeypatch.setattr(settings(), "cache_dir", tmp_path)
+    fields = {"draws": 2, "batch_size": 2, "layers": [2, 3], "scalings": "output"}
+    probe = finished_probe(model=store.model, **fields, **useless)
+    assert probe.status().state == "done"
+    draws = pd.read_parquet(probe.result("draws.parquet"))["value"]
+    assert draws.isna().any() or (draws == 0).any()
+    said = "No loss shift is finite and above 0"
+    assert said in run_report(probe).decode()
+    assert said in model_report(ModelRuns.find(store.model, None)).decode()

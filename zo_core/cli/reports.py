@@ -43,7 +43,10 @@ def report(
         refuse("Give either RUN or --model: a report is of a run, or of a model.", json)
     if revision is not None and model is None:
         refuse("--revision goes with --model: a run has its own.", json)
-    target = out or Path(f"{run or re.sub('[^A-Za-z0-9._-]+', '-', str(model)).strip('-.')}.html")
+    named = "@".join(filter(None, (model, revision)))
+    target = out or Path(
+        f"{run or re.sub('[^A-Za-z0-9._@-]+', '-', named).strip('-.') or 'model'}.html"
+    )
     writable(target, "--out", json)
     if target.is_dir():
         refuse(f"--out: {target} is a folder: give a file.", json)

@@ -30,7 +30,8 @@ class SessionStatus:
     done: int = 0
     failed: int = 0
     """Failed for good; another session tries them again."""
-    diverged: int = 0
+    diverged: int | None = None
+    """None: written by a version that counted them as failed."""
     running: int = 0
     eta: float | None = None
     """Seconds left, by the pace of this session."""
@@ -53,12 +54,13 @@ class SessionStatus:
     @property
     def settled(self) -> int:
         """Cells that have ended, well or not."""
-        return self.done + self.failed + self.diverged
+        return self.done + self.failed + (self.diverged or 0)
 
     @property
     def losses(self) -> str:
         """Cells without a result in words, as ``, 2 failed, 1 diverged``; empty if none."""
-        counts = {"failed": self.failed, "diverged": self.diverged}
+        failed = "failed or diverged" if self.diverged is None else "failed"
+        counts = {failed: self.failed, "diverged": self.diverged}
         return "".join(f", {n} {what}" for what, n in counts.items() if n)
 
     @property

@@ -27,7 +27,9 @@ def distribution(
         selected: a layer chosen by the user, marked.
     """
     table = draws[draws["metric"] == "projected_gradient"].dropna()
-    quartiles = table.groupby("layer")["value"].quantile([0, 0.25, 0.5, 0.75, 1]).unstack()
+    shares = [0.0, 0.25, 0.5, 0.75, 1.0]
+    quartiles = table.groupby("layer")["value"].quantile(shares).unstack()
+    quartiles = quartiles.reindex(columns=shares)  # there are none if no draw is finite
     figure = go.Figure(
         go.Box(
             x=quartiles.index,
@@ -73,7 +75,7 @@ def distribution(
         "%{customdata[2]:.4g}, sd %{customdata[3]:.4g}<extra></extra>",
     )
     mark(figure, first, selected)
-    layer_axis(figure, sorted(table["layer"].unique().astype(int).tolist()))
+    layer_axis(figure, sorted(layers["layer"].unique().astype(int).tolist()))
     figure.update_yaxes(title="projected gradient, nats per unit of z", zeroline=True)
     return finish(figure, 400).update_layout(margin_t=64, legend_y=1.1)
 

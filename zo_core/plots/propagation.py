@@ -20,7 +20,7 @@ def layer_ticks(layers: Sequence[int]) -> list[int]:
 def layer_axis(figure: go.Figure, layers: Sequence[int], title: str = "layer (0-based)") -> None:
     """The x axis of a figure by layer."""
     figure.update_xaxes(
-        range=[min(layers) - 0.6, max(layers) + 0.6],
+        range=[min(layers) - 0.6, max(layers) + 0.6] if layers else None,
         title=title,
         tickvals=layer_ticks(sorted(layers)),
         showgrid=False,

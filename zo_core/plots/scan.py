@@ -165,6 +165,7 @@ def channel_heatmap(
     shown: Sequence[int] | None = None,
     scale: Range | None = None,
     unit: str = "channel",
+    n_layers: int | None = None,
 ) -> go.Figure:
     """Layer x channel: the largest magnitude of every channel of every layer.
 
@@ -177,13 +178,15 @@ def channel_heatmap(
         shown: channels, in order; None: :func:`top_channels`.
         scale: range of the colours; None: the data's.
         unit: what a channel is called.
+        n_layers: layers of the model; None: up to the last one of ``channels``.
     """
     blocks = channels[channels["layer"] >= 0]
     columns = top_channels(channels) if shown is None else list(shown)
     matrix = blocks[blocks["channel"].isin(columns)].pivot(
         index="layer", columns="channel", values="magnitude"
     )
-    matrix = matrix.reindex(index=range(int(blocks["layer"].max()) + 1), columns=columns)
+    rows = range(int(blocks["layer"].max()) + 1 if n_layers is None else n_layers)
+    matrix = matrix.reindex(index=rows, columns=columns)
     names = [str(c) for c in columns]
     hovers = [f"{unit} {c}" for c in names]
     figure = _magnitudes(matrix, names, hovers, columns, first, selected, scale)

@@ -113,6 +113,8 @@ def place(table: pd.DataFrame, target: float | None) -> str:
         table: ``results/ablation.parquet``.
         target: the own change that every layer was given.
     """
+    if table[["plain_relative", "equalised_relative"]].isna().all().any():
+        return "No loss shift is finite and above 0: there is no lead to speak of."
     lead = table.loc[table["plain_relative"].idxmax()]
     after = table.loc[table["equalised_relative"].idxmax()]
     return (
@@ -157,7 +159,7 @@ def _headline(layers: pd.DataFrame, most: int | None, first: int | None) -> list
         return ["No projected gradient is finite."]
     probed = layers["layer"].nunique()
     said = [
-        f"Layer {most} is the only probed layer."
+        f"Layer {most} is the only layer that was measured."
         if probed == 1
         else f"Layer {most} has the largest mean |g| of the {probed} probed layers. "
         + overlaps(layers, most)

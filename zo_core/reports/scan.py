@@ -90,7 +90,9 @@ def _heatmaps(tables: ScanTables, tokens: pd.DataFrame, first: int | None) -> li
     for part in PARTS:
         channels = tables.channels_of(part)
         if not channels.empty:
-            figure = plots.channel_heatmap(channels, first, unit=unit(part))
+            figure = plots.channel_heatmap(
+                channels, first, unit=unit(part), n_layers=int(tables.layers["layer"].max()) + 1
+            )
             sections.append(Section(f"Layer by {unit(part)}, {named(part)}", [figure]))
     if not tokens.empty:
         sequence = int(tokens["sequence"].min())
