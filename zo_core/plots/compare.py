@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from zo_core.plots.probe import intervals
-from zo_core.plots.style import ACCENT, GREY, OKABE_ITO, finish
+from zo_core.plots.style import ACCENT, GREY, OKABE_ITO, finish, mark
 
 PANEL_HEIGHT = 150
 FELT = "abs_projected_gradient"
@@ -197,17 +197,7 @@ def layer_sweep(
         _bars(figure, felt, 1.0, row, dominant, "mean |g| %{y:.4g}", "draws")
     for i, (title, _) in enumerate(panels):
         figure.update_yaxes(title=title, row=i + 1, col=1)
-    if dominant is not None:
-        figure.add_vline(x=dominant, line={"color": ACCENT, "width": 1.5, "dash": "dot"})
-        figure.add_annotation(
-            x=dominant,
-            y=1,
-            yref="paper",
-            yanchor="bottom",
-            text=f"first outlier layer {dominant}",
-            showarrow=False,
-            font={"color": ACCENT, "size": 13},
-        )
+    mark(figure, dominant)
     layers = sorted({*gains["layer"], *activation["layer"], *sensitivity["layer"]})
     figure.update_xaxes(tickvals=layers if len(layers) <= 40 else layers[::5])
     figure.update_xaxes(title="layer (0-based)", row=len(panels), col=1)
