@@ -24,6 +24,7 @@ from zo_core import scope_spec
 from zo_core.learning_rates import recommended_lr
 from zo_core.own_spec import check_template, parse_verbalizers
 from zo_core.run_jobs import Device, ExportJob, ReplayJob
+from zo_core.suffix_spec import Suffix, no_pairs
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Noise = Literal["gaussian", "rademacher", "sphere"]
@@ -253,6 +254,11 @@ class TuneJob(TaskFields):
     path: ForwardPath = Field(
         "auto", description="fast: cached frozen prefix; reference: as the papers"
     )
+    suffix: Suffix = Field(
+        "model",
+        description="arithmetic of the frozen layers above the tuned ones: the model's own, or fp8 "
+        "for mean and half difference of the two points (GPU, bfloat16)",
+    )
     track: list[TrackerName] = Field(
         [], description="also log to these, in the run folder or local"
     )
@@ -291,6 +297,8 @@ class TuneJob(TaskFields):
                     )
         if self.path == "fast" and self.reference_only:
             raise ValueError(f"path fast is not possible: {self.reference_only}: choose auto")
+        if self.suffix == "fp8" and (why := no_pairs(self)):
+            raise ValueError(f"suffix fp8 is for pairs of points: {why}: leave suffix at model")
         return self
 
     @property

@@ -12,6 +12,7 @@ from zo_core.scope_spec import parse
 from zo_core.tasks.data import load_task
 from zo_core.tasks.templates import Example, encode
 from zo_core.zo.forward import FastForward
+from zo_core.zo.fp8 import why_not
 from zo_core.zo.fused import FusedSteps
 from zo_core.zo.scope import TunedScope, scope_parameters
 from zo_core.zo.scopes import select
@@ -43,10 +44,11 @@ def run(
     graphs: bool = True,
     looks: int = 1000,
     stop: int = 0,
+    fp8: bool = False,
 ) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
     """Ledger and true weights of a run."""
     layer = None if job.scope == "full" else 3
-    forward = FastForward(demo, layer or 0, graphs=True)
+    forward = FastForward(demo, layer or 0, graphs=True, compiled=fp8, fp8=fp8)
     forward.use_graphs(graphs)
     forward.register(examples)
     scope = TunedScope(scope_parameters(demo, layer))
@@ -97,6 +99,20 @@ def test_graphs_and_waiting_change_nothing(
     for other in (run(demo, examples, job, graphs=False), run(demo, examples, job, looks=1)):
         assert other[0] == ledger
         assert same(other[1], weights)
+
+
+def test_graphs_of_an_fp8_suffix_change_nothing(demo: LoadedModel, examples: list[Example]) -> None:
+    """Captured or not, an fp8 suffix is the same bits, and not those of the model's arithmetic."""
+    if why_not(demo.device, demo.dtype):
+        pytest.skip("no fp8 matrix units here")
+    job = TuneJob(steps=STEPS, scope="layer:3", lr=1e-4)
+    ledger, weights = run(demo, examples, job, fp8=True)
+    other = run(demo, examples, job, graphs=False, fp8=True)
+    assert other[0] == ledger
+    assert same(other[1], weights)
+    plain, _ = run(demo, examples, job)
+    assert [r["loss"] for r in plain] != [r["loss"] for r in ledger]
+    assert plain[0]["loss"] == pytest.approx(ledger[0]["loss"], abs=0.05)
 
 
 def test_graphs_of_float32_change_nothing(examples: list[Example]) -> None:

@@ -1,7 +1,7 @@
 """The way down when memory is short: what is given up, in which order, and that the run stays true.
 
 On a CPU the shortage is a stand-in: a block that refuses more than so many tokens, as the allocator
-of a GPU would. The test on a GPU makes the real allocator refuse.
+of a GPU would. ``test_refusing_allocator.py`` makes the real one refuse.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,22 +16,19 @@ from tests.unit import families
 from zo_core import runs
 from zo_core.errors import MemoryExhaustedError
 from zo_core.failures import describe
-from zo_core.jobs import ModelFields, ReplayJob, TuneJob
+from zo_core.jobs import ReplayJob, TuneJob
 from zo_core.models import resident
-from zo_core.models.load import LoadedModel, load
+from zo_core.models.load import LoadedModel
 from zo_core.progress import Cancelled, JobContext
 from zo_core.recipes import evaluations, tune
 from zo_core.recipes.replay import run_replay
 from zo_core.recipes.tune import run_tune
 from zo_core.runs import Run
 from zo_core.settings import settings
-from zo_core.tasks.data import load_task
-from zo_core.tasks.templates import Example, encode
+from zo_core.tasks.templates import Example
 from zo_core.zo.checkpoint import read_checkpoint
 from zo_core.zo.forward import FastForward
-from zo_core.zo.out_of_memory import MemoryLadder
-from zo_core.zo.scope import TunedScope, scope_parameters
-from zo_core.zo.trainer import Progress, make_optimizer, train
+from zo_core.zo.scope import TunedScope
 
 SMALL: dict[str, Any] = {
     **{"batch_size": 4, "steps": 4, "train_examples": 16, "dev_examples": 8, "eval_examples": 8},
@@ -378,65 +375,3 @@ def test_the_cache_holds_the_same_bits_wherever_it_lives(
     assert all(t.device.type == "cpu" for t in forward._frozen._cache.values())
     assert len(forward._frozen._cache) > len(batch)
     assert forward.give_up() is None
-
-
-@pytest.mark.gpu
-def test_a_real_allocator_that_refuses() -> None:
-    """With ever less memory a run goes down the ladder, graphs too, and its ledger stays the same.
-
-    Shrinking the allowance between steps also meets captures: every bucket is new at first.
-    """
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU here")
-    demo = load(ModelFields(device="cuda", dtype="bfloat16"))
-    data = load_task("reviews")
-    rows = [encode(data.task, row, demo.tokenizer, demo.context) for row in data.train[:256]]
-    job = TuneJob(scope="layer:3", steps=40, batch_size=64, lr=1e-5)
-    total = torch.cuda.get_device_properties(0).total_memory
-
-    said: list[str] = []
-
-    def tuned(megabytes: int | None) -> list[dict[str, Any]]:
-        forward = FastForward(demo, 3, graphs=True)
-        forward.register(rows)
-        ladder = MemoryLadder(forward, [rows], job.batch_size, lambda line, _n: said.append(line))
-        ledger: list[dict[str, Any]] = []
-        scope = TunedScope(scope_parameters(demo, 3))
-        optimizer, progress = make_optimizer(job), Progress()
-
-        def steps() -> None:
-            train(
-                *(job, demo, forward, scope, optimizer, rows, progress, ledger.append),
-                micro_batch=ladder.micro_batch,
-            )
-
-        def again() -> None:
-            scope.load(scope.base)
-            progress.step = progress.forward_passes = 0
-            ledger.clear()
-
-        torch.cuda.empty_cache()
-        if megabytes is not None:
-            room = torch.cuda.memory_reserved() + megabytes * 2**20
-            torch.cuda.set_per_process_memory_fraction(room / total)
-        try:
-            ladder.hold(steps, lambda: f"at step {progress.step + 1}", again)
-        finally:
-            torch.cuda.set_per_process_memory_fraction(1.0)
-            scope.close()
-        return ledger
-
-    free = tuned(None)
-    assert not said
-    for megabytes in (1024, 512, 256, 192, 128, 96, 80, 64, 48, 32, 16, 8):
-        try:
-            tight = tuned(megabytes)
-        except MemoryExhaustedError:
-            break
-        assert [r["step"] for r in tight] == [r["step"] for r in free]
-        for ours, theirs in zip(tight, free, strict=True):
-            assert ours["forward_passes"] == theirs["forward_passes"]
-            assert ours["loss"] == pytest.approx(theirs["loss"], abs=5e-2)
-    met = {line.partition(": ")[2] for line in said}
-    assert "CUDA graphs given up" in met
-    assert any("micro-batches" in line for line in met)

@@ -119,7 +119,8 @@ def test_lower_rooms_do_not_import_upper_ones() -> None:
         "zo_core.own_spec": set(),
         "zo_core.learning_rates": set(),
         "zo_core.jobs": {
-            *("settings", "errors", "scope_spec", "own_spec", "run_jobs", "learning_rates")
+            *("settings", "errors", "scope_spec", "own_spec", "suffix_spec", "run_jobs"),
+            "learning_rates",
         },
         "zo_core.runs": {"settings", "errors", "jobs"},
         "zo_core.models": {"settings", "errors", "jobs", "models"},

@@ -1,5 +1,7 @@
 """One ZO step: MeZO as published, the naive dominant layer, and ours, side by side in one process.
 
+Where the GPU can, ours also runs with its suffix in fp8 (``suffix`` of a job), an arm of its own.
+
 The arms take turns on the same batches, so that a change of the machine's clock meets all of them.
 Times are of whole steps, perturbation, update and host work included: the clock runs from one
 synchronisation with the device to the next. Ours is the training loop itself, ledger included: its
@@ -7,6 +9,7 @@ time is that of a round of batches, divided. Beside it stands the floor: the mat
 blocks that have to run, for the tokens that have to run, and nothing else.
 """
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -27,10 +30,12 @@ from zo_core.models.load import LoadedModel
 from zo_core.models.memory import tuning
 from zo_core.provenance import provenance
 from zo_core.tasks.templates import Example
+from zo_core.zo import fp8
 from zo_core.zo.forward import FastForward
 from zo_core.zo.packing import pack
-from zo_core.zo.path import choose_forward
-from zo_core.zo.scope import TunedScope, scope_parameters
+from zo_core.zo.path import FP8_DRAWS, choose_forward
+from zo_core.zo.rounding import fp8_error
+from zo_core.zo.scope import Draw, TunedScope, scope_parameters
 from zo_core.zo.trainer import Progress, batch_indices, make_optimizer, train
 
 BATCH, BATCHES = 16, 8
@@ -73,6 +78,11 @@ class TaskTimes:
     mezo: ArmTime
     naive: ArmTime
     ours: ArmTime
+    fp8: ArmTime | None
+    """Ours with an fp8 suffix; None where there is none."""
+    fp8_error: tuple[float, float] | None
+    """Error of g in the model's own arithmetic and with the fp8 suffix; see
+    :func:`zo_core.zo.rounding.fp8_error`."""
     path: str
     floor: float
     """Milliseconds of the matrix products alone: blocks from the tuned one up, both points."""
@@ -84,6 +94,7 @@ class TaskTimes:
         return asdict(self) | {
             "speedup": self.mezo.median / self.ours.median,
             "speedup_naive": self.mezo.median / self.naive.median,
+            "speedup_fp8": self.mezo.median / self.fp8.median if self.fp8 else None,
             "over_floor": self.ours.median / self.floor,
             "utilisation": self.flops / (self.ours.median / 1e3) / peak if peak else None,
         }
@@ -170,29 +181,23 @@ class _TaskBench:
         }
         peaks = {n: self._peak(partial(self._published, arm, 0)) for n, arm in arms.items()}
         scope = TunedScope(scope_parameters(loaded, self._layer))
+        error = None
         try:
-            fast, path = choose_forward(
-                loaded,
-                "auto",
-                self._layer,
-                self._rows[:2],
-                steps=STEPS_OF_A_RUN,
-                tuned=scope.parameters,
-            )
-            assert isinstance(fast, FastForward), path
-            fast.register(self._rows)
-            for _ in range(2):  # compiles, captures, fills the cache
-                self._ours(fast, scope, 3 * len(self._batches))
-            peaks["ours"] = self._peak(
-                lambda: self._ours(fast, scope, len(self._batches)), reset=False
-            )
+            paths = {"ours": self._path(scope, "model")}
+            peaks["ours"] = self._warm_up(paths["ours"][0], scope)
+            if fp8.why_not(loaded.device, loaded.dtype) is None:
+                paths["fp8"] = self._path(scope, "fp8")
+                error = self._fp8_error(paths["fp8"][0], scope)
+                peaks["fp8"] = self._warm_up(paths["fp8"][0], scope)
             times: dict[str, list[float]] = {name: [] for name in peaks}
             for number in range(rounds):
                 for name, arm in arms.items():
                     times[name].append(self._published(arm, number))
-                times["ours"].append(self._ours(fast, scope, len(self._batches)))
+                for name, (fast, _) in paths.items():
+                    times[name].append(self._ours(fast, scope, len(self._batches)))
             phases = {name: self._published_phases(arm) for name, arm in arms.items()}
-            phases["ours"] = our_phases(loaded, fast, scope, self._batches[0], self._layer, EPS)
+            for name, (fast, _) in paths.items():
+                phases[name] = our_phases(loaded, fast, scope, self._batches[0], self._layer, EPS)
         finally:
             scope.close()
         tokens = statistics.fmean(
@@ -217,10 +222,37 @@ class _TaskBench:
             mezo=summary("mezo"),
             naive=summary("naive"),
             ours=summary("ours"),
-            path=path,
+            fp8=summary("fp8") if "fp8" in paths else None,
+            fp8_error=error,
+            path=paths["ours"][1],
             floor=floor,
             flops=flops,
         )
+
+    def _path(self, scope: TunedScope, suffix: str) -> tuple[FastForward, str]:
+        """The fast path as a run of the paper's length takes it, and the reason in words."""
+        fast, reason = choose_forward(
+            *(self._loaded, "auto", self._layer, self._rows[:2]),
+            steps=STEPS_OF_A_RUN,
+            tuned=scope.parameters,
+            suffix=suffix,
+        )
+        assert isinstance(fast, FastForward), reason
+        fast.register(self._rows)
+        return fast, reason
+
+    def _warm_up(self, fast: FastForward, scope: TunedScope) -> int | None:
+        """Compile, capture and fill the cache; the peak of device memory until then."""
+
+        def run() -> None:
+            for _ in range(2):
+                self._ours(fast, scope, 3 * len(self._batches))
+
+        return self._peak(run)
+
+    def _fp8_error(self, fast: FastForward, scope: TunedScope) -> tuple[float, float]:
+        draws = [Draw("gaussian", 0, step) for step in range(1, FP8_DRAWS + 1)]
+        return fp8_error(self._loaded, fast, scope, self._rows[:4], draws, EPS)
 
     def _expected(self) -> int | None:
         if self._kind != "cuda":
@@ -275,13 +307,13 @@ class _TaskBench:
         )
         return (clock.now() - began) / steps
 
-    def _peak(self, run: Callable[[], object], reset: bool = True) -> int | None:
+    def _peak(self, run: Callable[[], object]) -> int | None:
         if self._kind != "cuda":
             run()
             return None
-        torch.cuda.synchronize()
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
+        gc.collect()  # graphs of another task
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
         run()
         return torch.cuda.max_memory_allocated()
 
@@ -317,8 +349,9 @@ def markdown(result: dict[str, Any]) -> str:
         f"transformers {facts['packages']['transformers']}, {facts['written'][:10]}",
         "",
         "| task | tokens / padded | MeZO ms | naive layer ms (ratio) | ours ms (ratio) | "
-        "GEMM floor ms (ours / floor) | utilisation | peak GiB: MeZO, ours (expected) |",
-        "|---|---|---|---|---|---|---|---|",
+        "GEMM floor ms (ours / floor) | utilisation | peak GiB: MeZO, ours (expected) | "
+        "ours, fp8 suffix: ms (ratio), peak GiB | error of g: own, fp8 |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for t in result["tasks"]:
         mezo, naive, ours = t["mezo"], t["naive"], t["ours"]
@@ -332,16 +365,28 @@ def markdown(result: dict[str, Any]) -> str:
             f"| {t['task']} | {t['tokens']:.0f} / {t['padded']:.0f} | {_spread(mezo)} | "
             f"{_spread(naive)} ({t['speedup_naive']:.1f}x) | **{_spread(ours)}** "
             f"(**{t['speedup']:.1f}x**) | {t['floor']:.1f} "
-            f"({t['over_floor']:.2f}) | {share} | {memory} |"
+            f"({t['over_floor']:.2f}) | {share} | {memory} | {_fp8_cells(t)} |"
         )
     lines += ["", "Phases of a step in milliseconds, measured apart:", ""]
     for t in result["tasks"]:
-        for arm in ("mezo", "naive", "ours"):
+        for arm in ("mezo", "naive", "ours", "fp8"):
+            if not t[arm]:
+                continue
             parts = ", ".join(f"{name} {value:.2f}" for name, value in t[arm]["phases"].items())
             lines.append(f"* {t['task']}, {arm}: {parts}")
     sources = "; ".join(f"{t['task']}: {t['rows']}" for t in result["tasks"])
     lines += ["", f"Rows: {sources}. Our path: {result['tasks'][0]['path']}."]
     return "\n".join(lines) + "\n"
+
+
+def _fp8_cells(task: dict[str, Any]) -> str:
+    arm, error = task["fp8"], task["fp8_error"]
+    if not arm:
+        return "|"
+    return (
+        f"{_spread(arm)} (**{task['speedup_fp8']:.1f}x**), {arm['peak_bytes'] / 2**30:.1f} | "
+        f"{error[0]:.0%}, {error[1]:.0%}"
+    )
 
 
 def _spread(arm: dict[str, Any]) -> str:

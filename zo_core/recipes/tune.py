@@ -21,10 +21,13 @@ from zo_core.zo.checkpoint import restore_run, save_checkpoint
 from zo_core.zo.fingerprint import base_weights, digest
 from zo_core.zo.forward import CHUNK, FastForward, Forward
 from zo_core.zo.out_of_memory import MemoryLadder
-from zo_core.zo.path import choose_forward, reference_forward
+from zo_core.zo.path import choose_forward, fp8_reason, reference_forward
 from zo_core.zo.scope import TunedScope
 from zo_core.zo.scopes import Selection, select
 from zo_core.zo.trainer import LossNotFiniteError, Progress, make_optimizer, make_scope, train
+
+FP8_ROWS = 4
+"""Training rows on which an fp8 suffix is tried."""
 
 
 class PatienceOverError(Exception):
@@ -77,15 +80,17 @@ def _tune(
         for rows in examples.values():
             forward.register(rows)
     scope, optimizer = make_scope(job, selection), make_optimizer(job)
-    context.detail(
-        path=forward.name,
-        path_reason=reason,
-        lr=job.effective_lr,
-        tuned_parameters=scope.size,
-        truncated=truncated,
-    )
     with ExitStack() as closed:
         closed.callback(scope.close)
+        if isinstance(forward, FastForward) and forward.fp8:
+            reason += "; " + fp8_reason(job, loaded, forward, scope, training[:FP8_ROWS])
+        context.detail(
+            path=forward.name,
+            path_reason=reason,
+            lr=job.effective_lr,
+            tuned_parameters=scope.size,
+            truncated=truncated,
+        )
         _same_as_before(run, context, _fingerprint(loaded, scope, examples))
 
         def replayed(step: int) -> None:
@@ -191,6 +196,7 @@ def _tune(
                 "precision": job.precision,
                 "path": forward.name,
                 "path_reason": reason,
+                "suffix": job.suffix,
                 "steps": progress.step,
                 "stopped_early_at": progress.step if stopped else None,
                 "lr": job.effective_lr,
@@ -241,6 +247,7 @@ def _choose_path(
         chunk=min(CHUNK, job.batch_size),
         steps=job.steps,
         tuned=selection.parameters,
+        suffix=job.suffix,
     )
 
 

@@ -50,10 +50,15 @@ class Example:
     def rows(self) -> list[tuple[int, ...]]:
         """Token rows to run so that every candidate can be scored.
 
-        A scored token is predicted by the token before it, so the last one is never an input; and
-        candidates that are single tokens after one prompt share one row.
+        A scored token is predicted by the token before it, so the last one is never an input;
+        candidates that are single tokens after one prompt share one row; and a row that begins
+        another needs no tokens of its own. Longest first.
         """
-        return list(dict.fromkeys(c.tokens[:-1] for c in self.candidates))
+        found: list[tuple[int, ...]] = []
+        for row in sorted((c.tokens[:-1] for c in self.candidates), key=len, reverse=True):
+            if not any(other[: len(row)] == row for other in found):
+                found.append(row)
+        return found
 
     @property
     def gold(self) -> "Example":

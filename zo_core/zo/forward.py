@@ -11,8 +11,8 @@ Both run the model's own modules; neither re-implements an architecture.
   batch; logits are computed at the scored places only.
 """
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from zo_core.models.load import LoadedModel
 from zo_core.models.memory import PAIRED_SHARE
 from zo_core.tasks.scoring import Scored, layout
 from zo_core.tasks.templates import Example
+from zo_core.zo.fp8 import PairsInFp8, standing_in
 from zo_core.zo.frozen import CHUNK, FrozenLayers
 from zo_core.zo.graphs import GraphedForward, Row
 from zo_core.zo.packing import Packing, pack, packed
@@ -148,6 +149,7 @@ class FastForward:
         graphs: bool = False,
         compiled: bool = False,
         tuned: Collection[str] = (),
+        fp8: bool = False,
     ) -> None:
         """Wrap a loaded model.
 
@@ -161,14 +163,22 @@ class FastForward:
                 capped scores do without flash attention: padded, with tables that stay in place.
             compiled: run the frozen blocks above the tuned layer through ``torch.compile``.
             tuned: names of the tuned parameters; blocks that hold one are not compiled.
+            fp8: run pairs of points through the frozen blocks above the tuned layer in fp8.
         """
         self._loaded = loaded
         prefix = loaded.decoder.prefix
+        blocks = loaded.decoder.blocks
+        of_block = {i: f"{prefix}.{i}." for i in range(len(blocks))}
+        held = {i for i, own in of_block.items() if any(n.startswith(own) for n in tuned)}
         self._compiled = {
             block: torch.compile(block.forward, dynamic=True)
-            for i, block in enumerate(loaded.decoder.blocks)
-            if compiled and i > layer and not any(n.startswith(f"{prefix}.{i}.") for n in tuned)
+            for i, block in enumerate(blocks)
+            if compiled and i > layer and i not in held
         }
+        last = max(held, default=layer)
+        eight = blocks[last + 1 :]
+        self.fp8 = PairsInFp8(loaded.model, eight, blocks, compiled) if fp8 else None
+        """The suffix in fp8, if it was asked for; taken away, pairs run as the model does."""
         self._graphed = (
             GraphedForward(
                 self._launch,
@@ -210,7 +220,8 @@ class FastForward:
     def extras(self) -> str:
         """What a GPU adds to this path, in words."""
         graphs = ", CUDA graphs" if self._graphed else ""
-        return graphs + (", frozen blocks compiled" if self._compiled else "")
+        eight = f", {len(self.fp8)} linear layers above in fp8" if self.fp8 else ""
+        return graphs + (", frozen blocks compiled" if self._compiled else "") + eight
 
     def prepare(self, examples: Sequence[Example]) -> Prepared:
         """Pack a batch and find its prefix in the cache, or compute it."""
@@ -319,24 +330,16 @@ class FastForward:
         apart: AbstractContextManager[None] = nullcontext()
         if row.copies > 1:
             apart = paired(model, self._weights, row.ids.shape[1] // row.copies)
+        pair = self.fp8 if row.copies == 2 else None
+        compiled = {b: f for b, f in self._compiled.items() if not (pair and pair.runs(b))}
         try:
             with (
-                packed(model, row.packing),
+                packed(model, row.packing, self._loaded.dtype if pair else None),
                 self._frozen.skipped(row.hidden),
-                self._faster_blocks(),
+                standing_in(compiled),
+                pair.running() if pair else nullcontext(),
                 apart,
             ):
                 return model(input_ids=row.ids, position_ids=row.positions, use_cache=False).logits
         finally:
             handle.remove()
-
-    @contextmanager
-    def _faster_blocks(self) -> Iterator[None]:
-        """Within, frozen blocks above the tuned layer run compiled, if that is asked for."""
-        for block, compiled in self._compiled.items():
-            block.forward = compiled
-        try:
-            yield
-        finally:
-            for block in self._compiled:
-                del block.forward  # uncovers the class's own

@@ -200,18 +200,28 @@ def _current() -> Borders:
 _packing: Borders | None = None
 """The packing of the forward pass in progress; a worker runs one at a time."""
 
+_dtype: torch.dtype | None = None
+"""What its attention computes in; None: the dtype of the states."""
+
 
 @contextmanager
-def packed(model: nn.Module, packing: Borders) -> Iterator[None]:
-    """Within, the model's attention keeps the segments of a packed row apart."""
-    global _packing
+def packed(model: nn.Module, packing: Borders, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Within, the model's attention keeps the segments of a packed row apart.
+
+    Args:
+        model: the model.
+        packing: of the row.
+        dtype: what attention computes in; None: the dtype of the states.
+    """
+    global _packing, _dtype
     config: Any = model.config
-    before, _packing = (_packing, config._attn_implementation), packing
+    before = (_packing, config._attn_implementation, _dtype)
+    _packing, _dtype = packing, dtype
     config._attn_implementation = NAME
     try:
         yield
     finally:
-        _packing, config._attn_implementation = before
+        _packing, config._attn_implementation, _dtype = before
 
 
 def attention(
@@ -248,6 +258,8 @@ def attention(
         raise NotImplementedError("attention with sinks or biases is not packed")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
+    if _dtype is not None:
+        query, key, value = query.to(_dtype), key.to(_dtype), value.to(_dtype)
     run = _opaque if torch.compiler.is_compiling() else _attend
     return run(query, key, value, scaling, sliding_window or 0, softcap or 0.0), None
 

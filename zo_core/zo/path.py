@@ -5,16 +5,22 @@ from collections.abc import Collection, Sequence
 import torch
 
 from zo_core.errors import UserError
+from zo_core.jobs import TuneJob
 from zo_core.models.load import LoadedModel
 from zo_core.tasks.templates import Example
+from zo_core.zo import fp8
 from zo_core.zo.forward import CHUNK, FastForward, Forward, ReferenceForward
-from zo_core.zo.rounding import distance
+from zo_core.zo.rounding import FACTOR, distance, fp8_error
+from zo_core.zo.scope import Draw, TunedScope
 
 GRAPHS_FROM = 50
 """Steps from which a run on a GPU replays CUDA graphs."""
 
 COMPILED_FROM = 1e12
 """Steps x parameters from which it compiles its frozen blocks, which takes some ten seconds."""
+
+FP8_DRAWS = 8
+"""Draws on which the gradients of an fp8 suffix are held against float32."""
 
 PADDING = 0.2
 """Relative change of a row's logits from which padding counts: rounding gives 1e-7 in float32 and
@@ -29,6 +35,7 @@ def choose_forward(
     chunk: int = CHUNK,
     steps: int = 0,
     tuned: Collection[str] = (),
+    suffix: str = "model",
 ) -> tuple[Forward, str]:
     """The forward path of a job. ``auto`` takes the fast one if it agrees with the reference.
 
@@ -40,21 +47,34 @@ def choose_forward(
         chunk: see :class:`~zo_core.zo.forward.FastForward`.
         steps: how many steps will be run: what takes time to set up must be worth it.
         tuned: names of the tuned parameters.
+        suffix: ``model``, or ``fp8`` for the frozen layers above the tuned ones.
 
     Returns:
         The path, and the reason in words.
+
+    Raises:
+        UserError: an fp8 suffix is not possible here.
     """
     if path == "reference":
         return reference_forward(loaded), "asked for"
+    eight = suffix == "fp8"
+    if eight and (problem := fp8.why_not(loaded.device, loaded.dtype)):
+        raise UserError(f"suffix: fp8 {problem}: leave suffix at model.")
     graphs = loaded.device.type == "cuda" and loaded.dtype != torch.float32
     fast = FastForward(
         loaded,
         layer or 0,
         chunk=chunk,
         graphs=graphs and steps >= GRAPHS_FROM,
-        compiled=graphs and steps * loaded.info.parameters >= COMPILED_FROM,
+        compiled=graphs and (eight or steps * loaded.info.parameters >= COMPILED_FROM),
         tuned=tuned,
+        fp8=eight,
     )
+    if eight and not fast.fp8:
+        raise UserError(
+            "suffix: fp8 finds no linear layer above the tuned ones: leave suffix at model, or "
+            "tune a lower layer."
+        )
     reason = "no padding, logits only where scored"
     if layer:
         reason += f", layers below {layer} frozen and cached"
@@ -68,7 +88,37 @@ def choose_forward(
             fast,
             f"{reason}; not compared with the reference path, which memory is too short for",
         )
+    if objection and eight:
+        raise UserError(f"suffix: fp8 needs the fast path, but {objection}.")
     return (reference_forward(loaded), objection) if objection else (fast, reason)
+
+
+def fp8_reason(
+    job: TuneJob,
+    loaded: LoadedModel,
+    forward: FastForward,
+    scope: TunedScope,
+    examples: Sequence[Example],
+) -> str:
+    """What an fp8 suffix does to the projected gradient of a job, in words.
+
+    Raises:
+        UserError: the scope's points do not run in pairs, or rounding takes too much.
+    """
+    if not forward.pairs(scope):
+        raise UserError(
+            f"suffix: fp8 is for pairs of points, and the points of {job.scope} run one by one: "
+            "leave suffix at model, or tune less."
+        )
+    draws = [Draw(job.noise, job.seed, step) for step in range(1, FP8_DRAWS + 1)]
+    own, eight = fp8_error(loaded, forward, scope, examples, draws, job.eps)
+    found = (
+        f"its rounding takes the projected gradient {eight:.0%} of its size away from float32's, "
+        f"{loaded.dtype_name} {own:.0%} (rms of {FP8_DRAWS} draws)"
+    )
+    if not eight <= FACTOR * own:
+        raise UserError(f"suffix: fp8 is too coarse for this model: {found}: leave it at model.")
+    return found
 
 
 @torch.no_grad()

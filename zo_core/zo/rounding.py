@@ -1,4 +1,4 @@
-"""How far two forward paths may be apart: what rounding explains, measured on the model itself.
+"""How far two forward paths, or their gradients, may be apart: what rounding explains, measured.
 
 Both paths do the same sums in another order. In bfloat16 or float16 each is off from the exact
 result by roundings that pile up through the layers, by how much depends on the model; so it is
@@ -9,6 +9,8 @@ same size, so by the triangle inequality the two are at most about ``2 sigma`` a
 sigma`` if their errors are independent). :data:`FACTOR` is half as much again, as kernels that fuse
 or pack round at other places and other numbers of times. A path that computes something else (a
 token lost, a position wrong) is off by what the token or the position means to the model.
+
+Projected gradients are held against float32 in the same way, for an fp8 suffix: :func:`fp8_error`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,10 +22,13 @@ from torch import nn
 
 from zo_core.models.load import LoadedModel
 from zo_core.tasks.templates import Example
-from zo_core.zo.forward import Forward, ReferenceForward
+from zo_core.zo.estimator import estimate
+from zo_core.zo.forward import FastForward, Forward, Prepared, ReferenceForward
+from zo_core.zo.scope import Draw, TunedScope
 
 FACTOR = 3.0
-"""Largest distance of the paths, in units of the reference path's own rounding noise."""
+"""Largest distance of the paths, in units of the reference path's own rounding noise; and largest
+error of an fp8 suffix's gradients, in units of that of the model's own arithmetic."""
 
 FLOAT32_SHARE = 1e-4
 """The same for float32, as a share of the log-probabilities: some thousand roundings of 2**-24."""
@@ -66,6 +71,50 @@ def _log_probabilities(path: Forward, examples: Sequence[Example]) -> torch.Tens
 
 def _rms(values: torch.Tensor) -> float:
     return float(values.square().mean().sqrt())
+
+
+@torch.no_grad()
+def fp8_error(
+    loaded: LoadedModel,
+    forward: FastForward,
+    scope: TunedScope,
+    examples: Sequence[Example],
+    draws: Sequence[Draw],
+    eps: float,
+) -> tuple[float, float]:
+    """What rounding does to the projected gradient, without and with the path's fp8 suffix.
+
+    Args:
+        loaded: the model.
+        forward: a path with an fp8 suffix.
+        scope: the tuned weights; left as they are.
+        examples: a batch.
+        draws: the directions to try.
+        eps: perturbation scale.
+
+    Returns:
+        Root mean square over the draws of g - g(float32), in units of that of g(float32): of the
+        path in the model's own arithmetic, and with the suffix in fp8. All three round the tuned
+        weights at each point to the model's dtype.
+    """
+
+    def gradients(path: Forward, batch: Prepared) -> torch.Tensor:
+        return torch.tensor([estimate(path, [batch], scope, [d], eps).g[0] for d in draws])
+
+    reference, prepared = ReferenceForward(loaded), forward.prepare(examples)
+    eight, forward.fp8 = forward.fp8, None
+    forward.use_graphs(False)
+    try:
+        own = gradients(forward, prepared)
+        forward.fp8 = eight
+        fp8 = gradients(forward, prepared)
+        with in_float32(loaded.model):
+            exact = gradients(reference, reference.prepare(examples))
+    finally:
+        forward.fp8 = eight
+        forward.use_graphs(True)
+        scope.restore()
+    return _rms(own - exact) / _rms(exact), _rms(fp8 - exact) / _rms(exact)
 
 
 @contextmanager

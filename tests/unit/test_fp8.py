@@ -1,0 +1,160 @@
+"""The fp8 suffix: mean and half difference of a pair, whatever the family, and back afterwards."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from tests.unit import families
+from zo_core.errors import UserError
+from zo_core.jobs import ModelFields
+from zo_core.models.load import LoadedModel, load
+from zo_core.tasks.data import load_task
+from zo_core.tasks.templates import Candidate, Example, encode
+from zo_core.zo.forward import FastForward
+from zo_core.zo.fp8 import PairsInFp8, rounded
+from zo_core.zo.path import choose_forward
+from zo_core.zo.rounding import fp8_error
+from zo_core.zo.scope import Draw, Point, TunedScope, scope_parameters
+
+DRAWS = [Draw("gaussian", 0, step) for step in range(1, 9)]
+
+
+class Headless(nn.Module):
+    """A model of one block and nothing else."""
+
+    def __init__(self, block: nn.Module) -> None:
+        """Hold it."""
+        super().__init__()
+        self.block = block
+
+    def get_output_embeddings(self) -> None:
+        """There is none."""
+
+
+def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Norm of the difference, relative to what is wanted."""
+    return float((got - wanted).norm() / wanted.norm())
+
+
+@given(
+    tokens=st.integers(1, 40),
+    apart=st.floats(1e-6, 1.0),
+    scale=st.floats(1e-4, 1e4),
+    seed=st.integers(0, 2**20),
+)
+@settings(max_examples=40)
+def test_the_difference_keeps_its_own_precision(
+    tokens: int, apart: float, scale: float, seed: int
+) -> None:
+    """However close the points: mean and difference of a product are right to some percent each.
+
+    Rounding the points one by one, as fp8 inference does, loses a difference this small.
+    """
+    torch.manual_seed(seed)
+    block = nn.Module()
+    block.product = nn.Linear(64, 48, bias=False)  # type: ignore[assignment]
+    middle, step = torch.randn(tokens, 64) * scale, torch.randn(tokens, 64) * scale * apart
+    pair = torch.cat((middle + step, middle - step))
+    eight = PairsInFp8(Headless(block), [block], [block], compiled=False)
+    assert len(eight) == 1
+    with torch.no_grad(), eight.running():
+        got = block.product(pair[None])[0].double()
+    plus, minus = got.chunk(2)
+    right_plus, right_minus = (pair.double() @ block.product.weight.detach().double().T).chunk(2)
+    assert error(plus + minus, right_plus + right_minus) < 0.1
+    float32 = 2**-20 / apart  # what the sums lose when the two are put together again
+    assert error(plus - minus, right_plus - right_minus) < 0.1 + float32
+
+
+def test_rounding_the_points_apart_loses_their_difference() -> None:
+    """The contrast, without which the test above would say nothing."""
+    torch.manual_seed(0)
+    weight = torch.randn(48, 64)
+    middle, step = torch.randn(20, 64), 1e-3 * torch.randn(20, 64)
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        (rows, scale), (weights, scales) = rounded(x), rounded(weight)
+        return (rows.float() * scale) @ (weights.float() * scales).T
+
+    apart = product(middle + step) - product(middle - step)
+    assert error(apart, 2 * step @ weight.T) > 1.0
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi", "gpt_neox", "opt"])
+def test_every_family_comes_back_as_it_was(name: str, tmp_path: Path) -> None:
+    """The pair's losses stay near the model's own; no class, buffer or forward is left behind."""
+    families.save(families.build(name), tmp_path)
+    loaded = load(ModelFields(model=str(tmp_path), dtype="float32", device="cpu"))
+    before = {n: type(m) for n, m in loaded.model.named_modules()}
+    buffers = {n: b.shape for n, b in loaded.model.named_buffers()}
+    parameters = dict(loaded.model.named_parameters())
+    batch = [
+        Example(
+            candidates=tuple(Candidate((5, 6, n, 8, a), 4) for a in (7, 9)),
+            label=0,
+            truncated=False,
+        )
+        for n in (11, 12, 13)
+    ]
+    plain, eight = FastForward(loaded, 1), FastForward(loaded, 1, fp8=True)
+    assert eight.fp8
+    points = (Point(DRAWS[0], 1e-2), Point(DRAWS[0], -1e-2))
+    scope = TunedScope(scope_parameters(loaded, 1))
+    try:
+        wanted = plain.logits_at(plain.prepare(batch), scope, points)
+        got = eight.logits_at(eight.prepare(batch), scope, points)
+    finally:
+        scope.close()
+    assert not torch.equal(got[0], wanted[0])
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert error(ours, theirs) < 0.2
+    assert {n: type(m) for n, m in loaded.model.named_modules()} == before
+    assert not any("forward" in vars(m) for m in loaded.model.modules())
+    assert {n: b.shape for n, b in loaded.model.named_buffers()} == buffers
+    assert all(p is parameters[n] for n, p in loaded.model.named_parameters())
+
+
+def test_experts_stay_as_they_are() -> None:
+    """A layer in a list sees the tokens that are sent to it: no pair to split."""
+    block = nn.Module()
+    block.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))  # type: ignore[assignment]
+    block.shared = nn.Linear(16, 16)  # type: ignore[assignment]
+    block.gate = nn.Linear(16, 4)  # type: ignore[assignment]
+    assert len(PairsInFp8(Headless(block), [block], [block], compiled=False)) == 1
+
+
+@pytest.fixture(scope="module")
+def half() -> LoadedModel:
+    """The bundled model in bfloat16 on the CPU."""
+    return load(ModelFields(device="cpu", dtype="bfloat16"))
+
+
+def test_the_gradient_is_as_good_as_bfloat16(half: LoadedModel) -> None:
+    """Against float32, over eight draws at the first outlier layer: better, in fact.
+
+    The residual stream, norms and logits are float32 in the suffix, and bfloat16 in the model.
+    """
+    data = load_task("reviews")
+    rows = [encode(data.task, row, half.tokenizer, half.context) for row in data.train[:8]]
+    scope = TunedScope(scope_parameters(half, 3))
+    before = {n: p.clone() for n, p in scope.parameters.items()}
+    forward = FastForward(half, 3, fp8=True)
+    try:
+        own, eight = fp8_error(half, forward, scope, rows, DRAWS, 1e-3)
+        assert all(torch.equal(p, before[n]) for n, p in scope.parameters.items())
+    finally:
+        scope.close()
+    assert own > 0.1
+    assert 0 < eight < own
+
+
+def test_refused_where_it_cannot_be(half: LoadedModel) -> None:
+    """On a CPU, in one sentence, before the run's first step."""
+    with pytest.raises(
+        UserError, match=r"suffix: fp8 needs an NVIDIA GPU .* leave suffix at model"
+    ):
+        choose_forward(half, "auto", 3, [], suffix="fp8")
