@@ -19,6 +19,7 @@ PARTS = {
     "moments": "optimizer state",
     "gradients": "gradients",
     "copies": "perturbed copies",
+    "fp8": "fp8 weights",
     "noise": "noise",
     "prefix_cache": "prefix cache (at most)",
     "activations": "activations",
@@ -103,11 +104,13 @@ def tune_need(choice: Choice, values: dict) -> Tuning | None:
         reference=job.path == "reference" or bool(job.reference_only),
         cached_tokens=rows * TYPICAL_TOKENS if frozen else 0,
         device_bytes=Device.of(choice).gpu_bytes,
+        fp8=job.suffix == "fp8",
     )
 
 
 _ASKED = (
     *("scope", "batch_size", "optimizer", "estimator", "directions", "precision", "path"),
+    "suffix",
     *("train_examples", "eval_examples", "dev_examples"),
 )
 

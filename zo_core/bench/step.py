@@ -211,7 +211,7 @@ class _TaskBench:
             return ArmTime(
                 *(statistics.median(values), min(values), max(values)),
                 *(phases[name], peaks[name]),
-                self._expected() if name == "ours" else None,
+                self._expected(name == "fp8") if name in paths else None,
             )
 
         return TaskTimes(
@@ -254,7 +254,7 @@ class _TaskBench:
         draws = [Draw("gaussian", 0, step) for step in range(1, FP8_DRAWS + 1)]
         return fp8_error(self._loaded, fast, scope, self._rows[:4], draws, EPS)
 
-    def _expected(self) -> int | None:
+    def _expected(self, eight: bool) -> int | None:
         if self._kind != "cuda":
             return None
         counts = [
@@ -269,6 +269,7 @@ class _TaskBench:
             tokens=max(map(sum, counts)) // BATCH,
             cached_tokens=sum(map(sum, counts)) if self._layer else 0,
             device_bytes=torch.cuda.get_device_properties(self._loaded.device).total_memory,
+            fp8=eight,
         )
         return need.total
 

@@ -51,6 +51,9 @@ class Tuning:
     """S (s + 4) for adamw: a gradient in the working dtype and its float32 copy."""
     copies: int
     """n S s: the scope's weights at every point, where S <= P / 4 and the fast path runs."""
+    fp8: int
+    """One byte for each weight of the layers above the tuned ones, if they are in fp8; all other
+    layers are taken to be."""
     noise: int
     """4 S q for q directions, at most 256 MB; 0 on a GPU where kernels make z on the way."""
     prefix_cache: int
@@ -121,6 +124,7 @@ def tuning(
     reference: bool = False,
     cached_tokens: int = 0,
     device_bytes: int | None = None,
+    fp8: bool = False,
 ) -> Tuning:
     """Estimate what a tuning run holds; the formula of each part is in :class:`Tuning`.
 
@@ -137,6 +141,7 @@ def tuning(
         reference: the reference path runs.
         cached_tokens: tokens of the data whose prefixes are cached; 0 if no layer is frozen below.
         device_bytes: memory of the GPU; None: a CPU.
+        fp8: the suffix is in fp8.
     """
     size, gpu = BYTES_PER_VALUE[dtype], device_bytes is not None
     first_order = optimizer == "adamw"
@@ -162,6 +167,7 @@ def tuning(
         moments=values * FP32 * MOMENTS.get(optimizer, 0),
         gradients=values * (size + FP32) if first_order else 0,
         copies=points * values * size if paired else 0,
+        fp8=(info.n_layers - 1) * info.layer_parameters if fp8 else 0,
         noise=0 if fused or first_order else min(values * directions, NOISE_BOUND) * FP32,
         prefix_cache=0 if plain else min(cache, room),
         activations=activations,

@@ -1,0 +1,32 @@
+"""The benchmark of a step, on the bundled model and few rows."""
+
+import pytest
+
+from zo_core.bench import step as bench
+from zo_core.errors import UserError
+
+
+def test_three_arms_on_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every arm runs, the floor counts the right products, and the table says what was measured."""
+    monkeypatch.setattr(bench, "BATCH", 4)
+    monkeypatch.setattr(bench, "BATCHES", 2)
+    monkeypatch.setattr(bench, "ROUNDS", {"cpu": 1})
+    lines: list[str] = []
+    found = bench.run_step_bench("demo", ["reviews"], device="cpu", say=lines.append)
+    (task,) = found["tasks"]
+    assert len(lines) == 1
+    assert task["padded"] > task["tokens"] > 4
+    assert task["speedup"] == task["mezo"]["median"] / task["ours"]["median"]
+    assert task["fp8"] is None
+    # 256 channels, 704 neurons: 4 and 3 matrices a block; layers 8 to 15, both points.
+    products = 2 * (4 * 256 * 256 + 3 * 256 * 704) * 8
+    assert task["flops"] == products * round(2 * task["tokens"])
+    table = bench.markdown(found)
+    assert "| reviews |" in table
+    assert "* reviews, ours: " in table
+    assert "fp8: " not in table.split("Phases")[1]
+
+
+def test_bad_input_is_a_sentence() -> None:
+    with pytest.raises(UserError, match="shape: 'gpt9' is unknown"):
+        bench.run_step_bench("gpt9", ["reviews"], device="cpu")
