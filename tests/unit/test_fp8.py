@@ -10,13 +10,13 @@ from torch import nn
 
 from tests.unit import families
 from zo_core.errors import UserError
-from zo_core.jobs import ModelFields
+from zo_core.jobs import ModelFields, TuneJob
 from zo_core.models.load import LoadedModel, load
 from zo_core.tasks.data import load_task
 from zo_core.tasks.templates import Candidate, Example, encode
 from zo_core.zo.forward import FastForward
 from zo_core.zo.fp8 import PairsInFp8, rounded
-from zo_core.zo.path import choose_forward
+from zo_core.zo.path import choose_forward, fp8_reason
 from zo_core.zo.rounding import fp8_error
 from zo_core.zo.scope import Draw, Point, TunedScope, scope_parameters
 
@@ -158,3 +158,37 @@ def test_refused_where_it_cannot_be(half: LoadedModel) -> None:
         UserError, match=r"suffix: fp8 needs an NVIDIA GPU .* leave suffix at model"
     ):
         choose_forward(half, "auto", 3, [], suffix="fp8")
+
+
+@pytest.mark.parametrize(
+    ("own", "eight", "refused"), [(0.3, 0.9, False), (0.3, 1.1, True), (1.2, 1.1, False)]
+)
+def test_refused_where_rounding_is_larger_than_the_gradient(
+    half: LoadedModel, monkeypatch: pytest.MonkeyPatch, own: float, eight: float, refused: bool
+) -> None:
+    """The sentence has both errors; a model whose own rounding is larger still may go on."""
+    monkeypatch.setattr("zo_core.zo.path.fp8_error", lambda *_args: (own, eight))
+    scope = TunedScope(scope_parameters(half, 3))
+    forward = FastForward(half, 3, fp8=True)
+    try:
+        if refused:
+            with pytest.raises(UserError, match=r"suffix: fp8 is too coarse .*110% .*30%"):
+                fp8_reason(TuneJob(suffix="fp8"), half, forward, scope, [])
+        else:
+            assert f"bfloat16 {own:.0%}" in fp8_reason(
+                TuneJob(suffix="fp8"), half, forward, scope, []
+            )
+    finally:
+        scope.close()
+
+
+def test_refused_where_points_run_one_by_one(half: LoadedModel) -> None:
+    """More than a quarter of the model tuned."""
+    scope = TunedScope(scope_parameters(half, None))
+    job = TuneJob().model_copy(update={"scope": "full", "suffix": "fp8"})
+    forward = FastForward(half, 0, fp8=True)
+    try:
+        with pytest.raises(UserError, match=r"the points of full run one by one"):
+            fp8_reason(job, half, forward, scope, [])
+    finally:
+        scope.close()

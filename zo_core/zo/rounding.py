@@ -27,8 +27,7 @@ from zo_core.zo.forward import FastForward, Forward, Prepared, ReferenceForward
 from zo_core.zo.scope import Draw, TunedScope
 
 FACTOR = 3.0
-"""Largest distance of the paths, in units of the reference path's own rounding noise; and largest
-error of an fp8 suffix's gradients, in units of that of the model's own arithmetic."""
+"""Largest distance of the paths, in units of the reference path's own rounding noise."""
 
 FLOAT32_SHARE = 1e-4
 """The same for float32, as a share of the log-probabilities: some thousand roundings of 2**-24."""
