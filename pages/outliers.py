@@ -13,9 +13,9 @@ from pages.parts.text_fields import text_fields
 from pages.parts.verdict import judge, thresholds
 from pages.parts.words import plain
 from zo_core import plots
+from zo_core.analysis.known import recognise
 from zo_core.analysis.outliers import Verdict
 from zo_core.analysis.outliers.agreement import judge_all, rules_table
-from zo_core.analysis.outliers.known import recognise
 from zo_core.analysis.outliers.weights import owl_weights
 from zo_core.jobs import ScanJob
 

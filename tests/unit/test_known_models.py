@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from zo_core.analysis.known import KNOWN, KnownModel, answers, recognise
 from zo_core.analysis.outliers import RULES
-from zo_core.analysis.outliers.known import KNOWN, KnownModel, answers, recognise
 from zo_core.models.catalog import ModelInfo, describe
 
 BY_NAME = {known.name: known for known in KNOWN}

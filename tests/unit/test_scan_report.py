@@ -19,8 +19,8 @@ from tests.unit.planted import Plant, build
 from tests.unit.stored_runs import finished_scan
 from tests.unit.test_rooms import run_python
 from zo_core import cli, plots, runs
+from zo_core.analysis.known import KnownModel, Published
 from zo_core.analysis.outliers import RULES
-from zo_core.analysis.outliers.known import KnownModel, Published
 from zo_core.cli import scans
 from zo_core.errors import UserError
 from zo_core.export import Code, Section, csv_bytes, html_page, parquet_bytes
@@ -249,7 +249,7 @@ def known(monkeypatch: pytest.MonkeyPatch, store: Path) -> Known:
         shape = {"model_type": "llama", "n_layers": 6, "hidden_size": 32}
         model = KnownModel("Planted", ("nobody/planted",), shape, published)
         monkeypatch.setattr(scans, "KNOWN", (model,))
-        monkeypatch.setattr("zo_core.analysis.outliers.known.KNOWN", (model,))
+        monkeypatch.setattr("zo_core.analysis.known.KNOWN", (model,))
 
     return table
 

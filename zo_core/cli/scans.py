@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from zo_core.analysis.outliers.known import KNOWN, KnownModel, Published, recognise
+from zo_core.analysis.known import KNOWN, KnownModel, Published, recognise
 from zo_core.cli.launch import CANCELLED, FAILED, follow, launch, refuse
 from zo_core.errors import UserError
 from zo_core.models.catalog import ModelError, cached_folder, describe

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from zo_core.analysis.activations import EMBEDDING, ActivationScan
+from zo_core.analysis.known import published_facts
 from zo_core.analysis.outliers import ScanTables, Verdict, first_outlier_layer
 from zo_core.analysis.outliers.agreement import consensus, judge_all
-from zo_core.analysis.outliers.known import published_facts
 from zo_core.analysis.streaming import scan_blockwise
 from zo_core.jobs import ScanJob
 from zo_core.models import resident
