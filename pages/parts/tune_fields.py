@@ -70,7 +70,8 @@ def advanced(values: dict) -> None:
     with st.container(horizontal=True):
         options(values, {"schedule": "Learning rate schedule"}, width=190)
         integers(values, {"warmup_steps": "Warm-up steps"}, width=150)
-        options(values, {"precision": "Precision", "suffix": "Arithmetic above the tuned layer"})
+        options(values, {"precision": "Precision"})
+        options(values, {"suffix": "Arithmetic above the tuned layer"}, width=250)
     with st.container(horizontal=True):
         options(values, {"keep": "Weights to keep"})
         integers(values, {"patience": "Patience (dev evaluations, 0: off)"}, width=240)
