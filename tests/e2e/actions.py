@@ -58,8 +58,11 @@ def download(page: Page, name: str, folder: Path) -> Path:
 
 
 def click_chart(page: Page, name: str, across: float, down: float) -> None:
-    """Click into the plot area of a chart, at shares of its width and height."""
-    settled(page)
+    """Click into the plot area of a chart, at shares of its width and height.
+
+    Two clicks within a third of a second are a double click to plotly, which selects nothing.
+    """
+    at_rest(page)
     area = key(page, name).locator(".nsewdrag").first
     size = area.evaluate("rect => [rect.getBBox().width, rect.getBBox().height]")
     # A click through the locator waits until the chart stands still, and starts again where a
