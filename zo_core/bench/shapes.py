@@ -84,11 +84,15 @@ def build(shape: str, device: str = "auto", dtype: str = "auto") -> tuple[Loaded
     with torch.device(place):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=precision)
     model.eval().requires_grad_(False)
+    decoder = find_decoder(model)
     info = replace(
         describe("demo"),
         n_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
         parameters=sum(p.numel() for p in model.parameters()),
+        layer_parameters=sum(p.numel() for p in decoder.blocks[layer].parameters()),
         context=config.max_position_embeddings,
     )
     loaded = LoadedModel(
@@ -96,7 +100,7 @@ def build(shape: str, device: str = "auto", dtype: str = "auto") -> tuple[Loaded
         revision=None,
         model=model,
         tokenizer=demo.tokenizer,
-        decoder=find_decoder(model),
+        decoder=decoder,
         device=place,
         dtype=precision,
         info=info,

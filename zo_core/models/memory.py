@@ -61,7 +61,8 @@ class Tuning:
     activations: int
     """n T (3 H + 3 I) s: the widest moment of a block - residual, normed input, attention or MLP
     output, gate, up and their product - for all points at once. The reference path runs a row for
-    each candidate, taken to be two; adamw keeps 2 T H s a layer for the way back."""
+    each candidate, taken to be two; adamw keeps 2 T H s a layer for the way back; of an fp8 suffix
+    they are float32."""
     logits: int
     """8 n R V for R rows: float32 logits at one place a row, and their log-softmax. On the
     reference path 2 T V s, as every position has logits, and three times that with a gradient."""
@@ -150,7 +151,7 @@ def tuning(
     paired = not plain and values <= PAIRED_SHARE * info.parameters
     batch = rows * tokens * (2 if plain else points if paired else 1)
     wide = info.intermediate_size or 4 * info.hidden_size
-    activations = batch * (3 * info.hidden_size + 3 * wide) * size
+    activations = batch * (3 * info.hidden_size + 3 * wide) * (FP32 if fp8 else size)
     if first_order:
         activations += info.n_layers * batch * info.hidden_size * size
     logits = 2 * (points if paired else 1) * rows * info.vocab_size * FP32
