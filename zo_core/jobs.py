@@ -24,7 +24,7 @@ from zo_core import scope_spec
 from zo_core.learning_rates import recommended_lr
 from zo_core.own_spec import check_template, parse_verbalizers
 from zo_core.run_jobs import Device, ExportJob, ReplayJob
-from zo_core.suffix_spec import Suffix, no_pairs
+from zo_core.suffix_spec import Suffix, fp8_impossible
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Noise = Literal["gaussian", "rademacher", "sphere"]
@@ -297,8 +297,8 @@ class TuneJob(TaskFields):
                     )
         if self.path == "fast" and self.reference_only:
             raise ValueError(f"path fast is not possible: {self.reference_only}: choose auto")
-        if self.suffix == "fp8" and (why := no_pairs(self)):
-            raise ValueError(f"suffix fp8 is for pairs of points: {why}: leave suffix at model")
+        if self.suffix == "fp8" and (why := fp8_impossible(self)):
+            raise ValueError(f"suffix fp8 is not possible: {why}: leave suffix at model")
         return self
 
     @property

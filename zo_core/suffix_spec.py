@@ -10,14 +10,22 @@ if TYPE_CHECKING:
 Suffix = Literal["model", "fp8"]
 
 
-def no_pairs(job: "TuneJob") -> str:
-    """Why a job does not run the two points of a direction side by side; empty if it may."""
+def fp8_impossible(job: "TuneJob") -> str:
+    """Why a job cannot have an fp8 suffix, as far as its fields tell; empty if it may.
+
+    It is for the two points of one direction, side by side, with frozen layers above.
+    """
+    if job.dtype not in ("auto", "bfloat16") or job.precision == "fp32":
+        return "it goes with dtype bfloat16"
+    if job.device == "cpu":
+        return "it needs an NVIDIA GPU"
     if job.reference_only or job.path == "reference":
-        return job.reference_only or "the reference path runs them one by one"
+        return job.reference_only or "the reference path runs points one by one"
     if job.estimator != "two-sided":
-        return f"estimator {job.estimator} has none"
+        return f"estimator {job.estimator} has no pairs of points"
     if job.directions > 1 or job.optimizer == "conservative":
         return "more than two points run together with directions above 1 and conservative"
-    if scope_spec.parse(job.scope).form in {"full", "sparse", "all-but"}:
+    spec = scope_spec.parse(job.scope)
+    if spec.form in {"full", "sparse", "all-but"} or (spec.form == "lora" and not spec.layers):
         return f"scope {job.scope} leaves no frozen layers above it"
     return ""

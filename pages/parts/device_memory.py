@@ -19,7 +19,7 @@ PARTS = {
     "moments": "optimizer state",
     "gradients": "gradients",
     "copies": "perturbed copies",
-    "fp8": "fp8 weights",
+    "fp8": "fp8 weights (at most)",
     "noise": "noise",
     "prefix_cache": "prefix cache (at most)",
     "activations": "activations",

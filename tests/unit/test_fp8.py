@@ -1,5 +1,6 @@
 """The fp8 suffix: mean and half difference of a pair, whatever the family, and back afterwards."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import AutoModelForCausalLM, OPTConfig, Qwen3MoeConfig
 
 from tests.unit import families
 from zo_core.errors import UserError
@@ -84,11 +86,47 @@ def test_rounding_the_points_apart_loses_their_difference() -> None:
     assert error(apart, 2 * step @ weight.T) > 1.0
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi", "gpt_neox", "opt"])
-def test_every_family_comes_back_as_it_was(name: str, tmp_path: Path) -> None:
-    """The pair's losses stay near the model's own; no class, buffer or forward is left behind."""
-    families.save(families.build(name), tmp_path)
-    loaded = load(ModelFields(model=str(tmp_path), dtype="float32", device="cpu"))
+@pytest.fixture(scope="module")
+def half() -> LoadedModel:
+    """The bundled model in bfloat16 on the CPU."""
+    return load(ModelFields(device="cpu", dtype="bfloat16"))
+
+
+FAMILIES = {
+    **{n: families.CONFIGS[n] for n in ("llama", "qwen3", "gemma2", "phi", "gpt_neox", "opt")},
+    "opt*": OPTConfig(
+        **families._COMMON,
+        hidden_size=32,
+        num_hidden_layers=families.LAYERS,
+        num_attention_heads=4,
+        ffn_dim=48,
+        max_position_embeddings=128,
+        word_embed_proj_dim=16,
+    ),
+    "qwen3_moe": Qwen3MoeConfig(
+        **families._SIZES,
+        **families._GROUPED,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+    ),
+}
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_every_family_comes_back_as_it_was(
+    name: str, dtype: str, layer: int, tmp_path: Path
+) -> None:
+    """The pair's losses stay near the model's own; no class, buffer or forward is left behind.
+
+    In bfloat16 float32 states meet weights of the other dtype wherever one is forgotten.
+    """
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(deepcopy(FAMILIES[name])).eval()
+    families.save(model, tmp_path)
+    loaded = load(ModelFields(model=str(tmp_path), dtype=dtype, device="cpu"))
     before = {n: type(m) for n, m in loaded.model.named_modules()}
     buffers = {n: b.shape for n, b in loaded.model.named_buffers()}
     parameters = dict(loaded.model.named_parameters())
@@ -100,22 +138,47 @@ def test_every_family_comes_back_as_it_was(name: str, tmp_path: Path) -> None:
         )
         for n in (11, 12, 13)
     ]
-    plain, eight = FastForward(loaded, 1), FastForward(loaded, 1, fp8=True)
+    plain, eight = FastForward(loaded, layer), FastForward(loaded, layer, fp8=True)
     assert eight.fp8
     points = (Point(DRAWS[0], 1e-2), Point(DRAWS[0], -1e-2))
-    scope = TunedScope(scope_parameters(loaded, 1))
+    scope = TunedScope(scope_parameters(loaded, layer))
     try:
+        alone = plain.logits(plain.prepare(batch))
         wanted = plain.logits_at(plain.prepare(batch), scope, points)
         got = eight.logits_at(eight.prepare(batch), scope, points)
+        assert torch.equal(eight.logits(eight.prepare(batch)), alone)
     finally:
         scope.close()
     assert not torch.equal(got[0], wanted[0])
     for ours, theirs in zip(got, wanted, strict=True):
-        assert error(ours, theirs) < 0.2
+        assert error(ours.float(), theirs.float()) < 0.2
     assert {n: type(m) for n, m in loaded.model.named_modules()} == before
     assert not any("forward" in vars(m) for m in loaded.model.modules())
     assert {n: b.shape for n, b in loaded.model.named_buffers()} == buffers
     assert all(p is parameters[n] for n, p in loaded.model.named_parameters())
+
+
+def test_an_error_on_the_way_leaves_nothing_behind(half: LoadedModel) -> None:
+    """A block that breaks: classes, parameters and forwards are the model's own again."""
+    forward = FastForward(half, 3, fp8=True)
+    before = {n: type(m) for n, m in half.model.named_modules()}
+    rows = [Example((Candidate((5, 6, 7), 2), Candidate((5, 6, 8), 2)), 0, False)]
+    scope = TunedScope(scope_parameters(half, 3))
+    points = (Point(DRAWS[0], 1e-3), Point(DRAWS[0], -1e-3))
+
+    def broken(*_args: object) -> None:
+        raise ArithmeticError
+
+    hook = half.decoder.blocks[9].register_forward_pre_hook(broken)
+    try:
+        with pytest.raises(ArithmeticError):
+            forward.logits_at(forward.prepare(rows), scope, points)
+    finally:
+        hook.remove()
+        scope.close()
+    assert {n: type(m) for n, m in half.model.named_modules()} == before
+    assert not any("forward" in vars(m) for m in half.model.modules())
+    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
 
 
 def test_experts_stay_as_they_are() -> None:
@@ -125,12 +188,6 @@ def test_experts_stay_as_they_are() -> None:
     block.shared = nn.Linear(16, 16)  # type: ignore[assignment]
     block.gate = nn.Linear(16, 4)  # type: ignore[assignment]
     assert len(PairsInFp8(Headless(block), [block], [block], compiled=False)) == 1
-
-
-@pytest.fixture(scope="module")
-def half() -> LoadedModel:
-    """The bundled model in bfloat16 on the CPU."""
-    return load(ModelFields(device="cpu", dtype="bfloat16"))
 
 
 def test_the_gradient_is_as_good_as_bfloat16(half: LoadedModel) -> None:
@@ -192,3 +249,50 @@ def test_refused_where_points_run_one_by_one(half: LoadedModel) -> None:
             fp8_reason(job, half, forward, scope, [])
     finally:
         scope.close()
+
+
+def test_refused_where_the_first_pair_shows_that_there_is_none(
+    half: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tuned module that does not treat tokens alike: both errors would be the model's own."""
+    scope = TunedScope(scope_parameters(half, 3))
+    forward = FastForward(half, 3, fp8=True)
+
+    def one_by_one(*_args: object) -> tuple[float, float]:
+        forward._tokenwise = False
+        return 0.02, 0.02
+
+    monkeypatch.setattr("zo_core.zo.path.fp8_error", one_by_one)
+    try:
+        with pytest.raises(UserError, match=r"points of layer:auto run one by one on this model"):
+            fp8_reason(TuneJob(suffix="fp8"), half, forward, scope, [])
+    finally:
+        scope.close()
+
+
+def test_a_gradient_of_zero_cannot_be_judged(half: LoadedModel) -> None:
+    """An eps that no bfloat16 weight feels."""
+    rows = [Example((Candidate((5, 6, 7), 2), Candidate((5, 6, 8), 2)), 0, False)]
+    scope = TunedScope(scope_parameters(half, 13))
+    forward = FastForward(half, 13, fp8=True)
+    try:
+        with pytest.raises(UserError, match=r"no loss moves at eps 1e-30: raise eps"):
+            fp8_error(half, forward, scope, rows, DRAWS[:2], 1e-30)
+    finally:
+        scope.close()
+
+
+def test_too_little_memory_to_judge(half: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run goes on, and says so."""
+
+    def full(*_args: object) -> tuple[float, float]:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("zo_core.zo.path.fp8_error", full)
+    scope = TunedScope(scope_parameters(half, 3))
+    forward = FastForward(half, 3, fp8=True)
+    try:
+        reason = fp8_reason(TuneJob(suffix="fp8"), half, forward, scope, [])
+    finally:
+        scope.close()
+    assert "memory is too short" in reason

@@ -189,19 +189,19 @@ GO_TOGETHER: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": "adamw", "path": "fast"}, "path fast is not possible: adamw"),
     ({"precision": "inplace", "path": "fast"}, "path fast is not possible: precision inplace"),
     ({"scope": "prefix", "path": "fast"}, "path fast is not possible: a prefix"),
-    ({"suffix": "fp8", "path": "reference"}, "suffix fp8 is for pairs of points: the reference"),
+    ({"suffix": "fp8", "path": "reference"}, "suffix fp8 is not possible: the reference"),
     (
         {"suffix": "fp8", "estimator": "one-sided"},
-        "suffix fp8 is for pairs of points: estimator one-",
+        "suffix fp8 is not possible: estimator one-",
     ),
-    ({"suffix": "fp8", "directions": 2}, "suffix fp8 is for pairs of points: more than two points"),
+    ({"suffix": "fp8", "directions": 2}, "suffix fp8 is not possible: more than two points"),
     (
         {"suffix": "fp8", "scope": "full"},
-        "suffix fp8 is for pairs of points: scope full",
+        "suffix fp8 is not possible: scope full",
     ),
     (
         {"suffix": "fp8", "optimizer": "adamw"},
-        "suffix fp8 is for pairs of points: adamw",
+        "suffix fp8 is not possible: adamw",
     ),
     ({"steps": 5, "warmup_steps": 5}, "warmup_steps must be below steps"),
 ]

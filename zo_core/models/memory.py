@@ -67,7 +67,7 @@ class Tuning:
     """8 n R V for R rows: float32 logits at one place a row, and their log-softmax. On the
     reference path 2 T V s, as every position has logits, and three times that with a gradient."""
     graphs: int
-    """On a GPU in bf16 or fp16: a pool as large as ``activations`` and ``logits`` that all graphs
+    """On a GPU: a pool as large as ``activations`` and ``logits`` that all graphs
     share, and n T H s of static input in each of 16 buckets."""
 
     @property
@@ -157,7 +157,7 @@ def tuning(
     logits = 2 * (points if paired else 1) * rows * info.vocab_size * FP32
     if plain:
         logits = batch * info.vocab_size * size * (3 if first_order else 1)
-    graphed = gpu and dtype != "float32" and not plain
+    graphed = gpu and not plain
     room = device_bytes // CACHE_SHARE if device_bytes is not None else CPU_CACHE
     cache = cached_tokens * info.hidden_size * size
     fused = gpu and optimizer == "zo-sgd" and not inplace

@@ -285,7 +285,8 @@ def _fingerprint(
 ) -> dict[str, str]:
     """What a resumed run must find as it was, by the name it is called in the sentence."""
     return {
-        f"{split} rows": digest((e.label, e.rows) for e in rows) for split, rows in examples.items()
+        f"{split} examples": digest((e.label, [c.tokens for c in e.candidates]) for e in rows)
+        for split, rows in examples.items()
     } | {
         "dtype": loaded.dtype_name,
         "kind of device": loaded.device.type,

@@ -211,10 +211,16 @@ class FastForward:
         """Compute the prefixes of so many of a data set's examples together at most, too."""
         self._frozen.limit(examples, rows)
 
-    def use_graphs(self, on: bool) -> None:
-        """Switch CUDA graphs off or on again; the kernels stay the same, and so do the bits."""
-        if self._graphed is not None:
-            self._graphed.capture = on
+    def use_graphs(self, on: bool) -> bool:
+        """Switch CUDA graphs off or on again; the kernels stay the same, and so do the bits.
+
+        Returns:
+            Whether they were on.
+        """
+        if self._graphed is None:
+            return False
+        before, self._graphed.capture = self._graphed.capture, on
+        return before
 
     @property
     def extras(self) -> str:

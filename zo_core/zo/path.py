@@ -60,13 +60,14 @@ def choose_forward(
     eight = suffix == "fp8"
     if eight and (problem := fp8.why_not(loaded.device, loaded.dtype)):
         raise UserError(f"suffix: fp8 {problem}: leave suffix at model.")
-    graphs = loaded.device.type == "cuda" and loaded.dtype != torch.float32
+    cuda = loaded.device.type == "cuda"
+    long_enough = steps * loaded.info.parameters >= COMPILED_FROM
     fast = FastForward(
         loaded,
         layer or 0,
         chunk=chunk,
-        graphs=graphs and steps >= GRAPHS_FROM,
-        compiled=graphs and (eight or steps * loaded.info.parameters >= COMPILED_FROM),
+        graphs=cuda and steps >= GRAPHS_FROM,
+        compiled=cuda and loaded.dtype != torch.float32 and (eight or long_enough),
         tuned=tuned,
         fp8=eight,
     )
@@ -79,7 +80,7 @@ def choose_forward(
     if layer:
         reason += f", layers below {layer} frozen and cached"
     reason += fast.extras
-    if path == "fast":
+    if path == "fast" and not eight:
         return fast, reason
     try:
         objection = _objection(loaded, fast, examples)
@@ -107,18 +108,26 @@ def fp8_reason(
             rounding. (An error of half its size adds a quarter to the variance of g, which is
             little beside what the random direction brings.)
     """
-    if not forward.pairs(scope):
-        raise UserError(
-            f"suffix: fp8 is for pairs of points, and the points of {job.scope} run one by one: "
-            "leave suffix at model, or tune less."
-        )
     draws = [Draw(job.noise, job.seed, step) for step in range(1, FP8_DRAWS + 1)]
-    own, eight = fp8_error(loaded, forward, scope, examples, draws, job.eps)
+    own = eight = 0.0
+    short = False
+    if forward.pairs(scope):
+        try:
+            own, eight = fp8_error(loaded, forward, scope, examples, draws, job.eps)
+        except torch.OutOfMemoryError:
+            short = True
+    if not forward.pairs(scope):  # which the first pair may have shown
+        raise UserError(
+            f"suffix: fp8 is for pairs of points, and the points of {job.scope} run one by one on "
+            "this model: leave suffix at model."
+        )
+    if short:
+        return "its rounding was not held against float32, which memory is too short for"
     found = (
         f"its rounding takes the projected gradient {eight:.0%} of its size away from float32's, "
         f"{loaded.dtype_name} {own:.0%} (rms of {FP8_DRAWS} draws)"
     )
-    if not eight <= max(1.0, own):
+    if not eight < max(1.0, own):
         raise UserError(f"suffix: fp8 is too coarse for this model: {found}: leave it at model.")
     return found
 

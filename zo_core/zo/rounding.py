@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zo_core.errors import UserError
 from zo_core.models.load import LoadedModel
 from zo_core.tasks.templates import Example
 from zo_core.zo.estimator import estimate
@@ -95,6 +96,9 @@ def fp8_error(
         Root mean square over the draws of g - g(float32), in units of that of g(float32): of the
         path in the model's own arithmetic, and with the suffix in fp8. All three round the tuned
         weights at each point to the model's dtype.
+
+    Raises:
+        UserError: g is 0 for every draw.
     """
 
     def gradients(path: Forward, batch: Prepared) -> torch.Tensor:
@@ -102,7 +106,7 @@ def fp8_error(
 
     reference, prepared = ReferenceForward(loaded), forward.prepare(examples)
     eight, forward.fp8 = forward.fp8, None
-    forward.use_graphs(False)
+    graphs = forward.use_graphs(False)
     try:
         own = gradients(forward, prepared)
         forward.fp8 = eight
@@ -111,9 +115,15 @@ def fp8_error(
             exact = gradients(reference, reference.prepare(examples))
     finally:
         forward.fp8 = eight
-        forward.use_graphs(True)
+        forward.use_graphs(graphs)
         scope.restore()
-    return _rms(own - exact) / _rms(exact), _rms(fp8 - exact) / _rms(exact)
+    size = _rms(exact)
+    if size == 0:
+        raise UserError(
+            f"suffix: fp8 cannot be judged, as no loss moves at eps {eps:g}: raise eps, or leave "
+            "suffix at model."
+        )
+    return _rms(own - exact) / size, _rms(fp8 - exact) / size
 
 
 @contextmanager
