@@ -1,6 +1,6 @@
 """One ZO step: MeZO as published, the naive dominant layer, and ours, side by side in one process.
 
-Where the GPU can, ours also runs with its suffix in fp8 (``suffix`` of a job), an arm of its own.
+Where the GPU can, ours also runs with its suffix in fp8 (``suffix`` of a job), later and alone.
 
 The arms take turns on the same batches, so that a change of the machine's clock meets all of them.
 Times are of whole steps, perturbation, update and host work included: the clock runs from one
@@ -184,25 +184,24 @@ class _TaskBench:
         scope = TunedScope(scope_parameters(loaded, self._layer))
         error = None
         try:
-            before = self._allocated()
-            paths = {"ours": self._path(scope, "model")}
-            peaks["ours"] = self._warm_up(paths["ours"][0], scope)
-            with suppress(UserError):  # there need be no such arm
-                held = self._allocated() - before  # by ours, while the other one is measured
-                paths["fp8"] = self._path(scope, "fp8")
-                draws = [Draw("gaussian", 0, step) for step in range(1, FP8_DRAWS + 1)]
-                error = fp8_error(loaded, paths["fp8"][0], scope, self._rows[:4], draws, EPS)
-                peak = self._warm_up(paths["fp8"][0], scope)
-                peaks["fp8"] = None if peak is None else peak - held
+            fast, path = self._path(scope, "model")
+            peaks["ours"] = self._warm_up(fast, scope)
             times: dict[str, list[float]] = {name: [] for name in peaks}
             for number in range(rounds):
                 for name, arm in arms.items():
                     times[name].append(self._published(arm, number))
-                for name, (fast, _) in paths.items():
-                    times[name].append(self._ours(fast, scope, len(self._batches)))
+                times["ours"].append(self._ours(fast, scope, len(self._batches)))
             phases = {name: self._published_phases(arm) for name, arm in arms.items()}
-            for name, (fast, _) in paths.items():
-                phases[name] = our_phases(loaded, fast, scope, self._batches[0], self._layer, EPS)
+            phases["ours"] = our_phases(loaded, fast, scope, self._batches[0], self._layer, EPS)
+            del fast  # with its graphs: the next arm's memory is its own
+            gc.collect()
+            with suppress(UserError):  # there need be no such arm
+                fast, _ = self._path(scope, "fp8")
+                draws = [Draw("gaussian", 0, step) for step in range(1, FP8_DRAWS + 1)]
+                error = fp8_error(loaded, fast, scope, self._rows[:4], draws, EPS)
+                peaks["fp8"] = self._warm_up(fast, scope)
+                times["fp8"] = [self._ours(fast, scope, len(self._batches)) for _ in range(rounds)]
+                phases["fp8"] = our_phases(loaded, fast, scope, self._batches[0], self._layer, EPS)
         finally:
             scope.close()
         tokens = statistics.fmean(
@@ -216,7 +215,7 @@ class _TaskBench:
             return ArmTime(
                 *(statistics.median(values), min(values), max(values)),
                 *(phases[name], peaks[name]),
-                self._expected(name == "fp8") if name in paths else None,
+                None if name in arms else self._expected(name == "fp8"),
             )
 
         return TaskTimes(
@@ -227,9 +226,9 @@ class _TaskBench:
             mezo=summary("mezo"),
             naive=summary("naive"),
             ours=summary("ours"),
-            fp8=summary("fp8") if "fp8" in paths else None,
+            fp8=summary("fp8") if "fp8" in times else None,
             fp8_error=error,
-            path=paths["ours"][1],
+            path=path,
             floor=floor,
             flops=flops,
         )
@@ -245,9 +244,6 @@ class _TaskBench:
         assert isinstance(fast, FastForward), reason
         fast.register(self._rows)
         return fast, reason
-
-    def _allocated(self) -> int:
-        return torch.cuda.memory_allocated() if self._kind == "cuda" else 0
 
     def _warm_up(self, fast: FastForward, scope: TunedScope) -> int | None:
         """Compile, capture and fill the cache; the peak of device memory until then."""

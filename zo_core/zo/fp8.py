@@ -13,8 +13,8 @@ g = (L+ - L-) / (2 eps) feels it only as much as the loss's own slope does.
 The same holds for every other rounding between the points, and those of bfloat16 are as large as
 the difference itself. So here the residual stream, norms and logits are float32, which costs little
 where they are fused with their neighbours; attention stays in the model's dtype. On the bundled
-model g is nearer to float32's than in plain bfloat16 (``zo_core/bench/fp8.py``). The method is ours; scaling by token and by output row is the common one
-of fp8 inference.
+model g is nearer to float32's than in plain bfloat16 (``zo_core/bench/fp8.py``). The method is
+ours; scaling by token and by output row is the common one of fp8 inference.
 """
 
 from collections.abc import Callable, Iterator, Sequence
