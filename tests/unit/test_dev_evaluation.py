@@ -333,7 +333,7 @@ def test_resumes_a_run_that_recorded_no_dev_rows(
     for record in kept:
         run.append_metrics(record)
     details = run.status().details
-    del details["fingerprint"]["dev rows"]
+    del details["fingerprint"]["dev examples"]
     run.update(details=details)
     dev_losses([0.7, 0.5, 0.6, 0.6])
     assert summary(go(job, run))["best_step"] == 4
