@@ -193,3 +193,15 @@ def test_a_family_that_cannot_be_packed_takes_the_reference_path(tmp_path: Path)
     forward, reason = choose_forward(loaded, "auto", 1, SINGLE)
     assert forward.name == "reference"
     assert "cannot be packed" in reason
+
+
+@given(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=5), min_size=1, max_size=6))
+def test_rows_are_the_fewest_that_score_every_candidate(answers: list[list[int]]) -> None:
+    """Each candidate's input begins a row, and no row begins another."""
+    found = example([9], *answers)
+    inputs = {c.tokens[:-1] for c in found.candidates}
+    assert set(found.rows) <= inputs
+    assert all(any(row[: len(i)] == i for row in found.rows) for i in inputs)
+    assert not any(
+        one is not other and other[: len(one)] == one for one in found.rows for other in found.rows
+    )
