@@ -1,5 +1,6 @@
 """The fast path against the reference path: families, lengths, candidates, points, layers."""
 
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -199,9 +200,7 @@ def test_a_family_that_cannot_be_packed_takes_the_reference_path(tmp_path: Path)
 def test_rows_are_the_fewest_that_score_every_candidate(answers: list[list[int]]) -> None:
     """Each candidate's input begins a row, and no row begins another."""
     found = example([9], *answers)
-    inputs = {c.tokens[:-1] for c in found.candidates}
-    assert set(found.rows) <= inputs
-    assert all(any(row[: len(i)] == i for row in found.rows) for i in inputs)
-    assert not any(
-        one is not other and other[: len(one)] == one for one in found.rows for other in found.rows
-    )
+    rows, inputs = found.rows, {c.tokens[:-1] for c in found.candidates}
+    assert set(rows) <= inputs
+    assert all(any(row[: len(i)] == i for row in rows) for i in inputs)
+    assert not any(b[: len(a)] == a for a, b in permutations(rows, 2))
