@@ -238,6 +238,17 @@ def report(run: runs.Run, view: dict) -> bytes:
     )
 
 
+def metrics_csv(run: runs.Run) -> bytes:
+    """All records of a run as CSV."""
+    return export.csv_bytes(export.metrics_table(run.read_metrics()[0]))
+
+
+@st.cache_data(max_entries=8, show_spinner=False)
+def kept_csv(run_id: str, size: int) -> bytes:  # noqa: ARG001 - a resumed run has more
+    """The same of a run that has ended; ``size`` is that of the records in bytes."""
+    return metrics_csv(runs.get(run_id))
+
+
 def downloads(entry: history.Entry) -> None:
     """Metrics, weights and figure: outside the part that is redrawn each second.
 
@@ -250,7 +261,9 @@ def downloads(entry: history.Entry) -> None:
     with st.container(horizontal=True, key="tune_downloads"):
         st.download_button(
             "metrics.csv",
-            lambda: export.csv_bytes(export.metrics_table(run.read_metrics()[0])),
+            # Made at the click only while it grows: a click that falls into the rerun at the end of
+            # a run would be lost, and the button would wait for ever.
+            (lambda: metrics_csv(run)) if live else kept_csv(run.run_id, curve.curve(run).offset),
             f"{run.run_id}-metrics.csv",
             "text/csv",
             key="download_metrics",

@@ -172,9 +172,10 @@ def sweep(facts: Facts, task: str) -> None:
         return
     st.header("Gain by layer", anchor=False)
     live_chart(plots.layer_sweep(*facts.sweep(task)), key=f"sweep_{task}")
+    profiles = "; below, the scan's largest and median activation, and the probe's mean |g|"
     st.caption(
-        "Gain: metric after tuning one layer minus zero-shot, with 95 % bootstrap intervals; "
-        "below, the scan's largest and median activation, and the probe's mean |g|."
+        "Gain: metric after tuning one layer minus zero-shot, with 95 % bootstrap intervals"
+        f"{profiles if facts.spec.wants_profiles else ''}."
     )
     found = facts.table("correlations")
     if len(found):

@@ -30,3 +30,5 @@ def test_three_arms_on_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bad_input_is_a_sentence() -> None:
     with pytest.raises(UserError, match="shape: 'gpt9' is unknown"):
         bench.run_step_bench("gpt9", ["reviews"], device="cpu")
+    with pytest.raises(UserError, match="layer: 99 is out of range: demo has layers 0 to 15"):
+        bench.run_step_bench("demo", ["reviews"], layer=99, device="cpu")

@@ -150,3 +150,17 @@ def test_a_layer_out_of_range_is_found_before_loading(monkeypatch: pytest.Monkey
     for scope in ("layer:16", "layers:3,16", "channels:16:top1%", "lora:16", "all-but:16"):
         with pytest.raises(UserError, match="layers 0 to 15"):
             go(TuneJob(scope=scope))
+
+
+def test_an_fp8_suffix_is_refused_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a machine without such a GPU, whatever the job says of devices."""
+    monkeypatch.setattr(tune_recipe, "pick_device", lambda _device: torch.device("cpu"))
+
+    def load(*_args: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(tune_recipe, "acquire", load)
+    with pytest.raises(UserError, match="suffix: fp8 needs an NVIDIA GPU"):
+        go(TuneJob(suffix="fp8", steps=2))

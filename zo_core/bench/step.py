@@ -147,10 +147,13 @@ def run_step_bench(
         ``shape, layer, batch, tasks`` (:meth:`TaskTimes.as_dict`) and ``provenance``.
 
     Raises:
-        UserError: an unknown shape or task.
+        UserError: an unknown shape, task or layer.
     """
     loaded, own = build(shape, device, dtype)
     layer = own if layer is None else layer
+    if not 0 <= layer < len(loaded.decoder):
+        last = len(loaded.decoder) - 1
+        raise UserError(f"layer: {layer} is out of range: {shape} has layers 0 to {last}.")
     facts = provenance(loaded)
     peak = PEAK_FLOPS.get(facts["device_name"])
     found = []
@@ -383,7 +386,7 @@ def markdown(result: dict[str, Any]) -> str:
 def _fp8_cells(task: dict[str, Any]) -> str:
     arm, error = task["fp8"], task["fp8_error"]
     if not arm:
-        return "|"
+        return "not here |"
     return (
         f"{_spread(arm)} (**{task['speedup_fp8']:.1f}x**), {arm['peak_bytes'] / 2**30:.1f} | "
         f"{error[0]:.0%}, {error[1]:.0%}"

@@ -39,6 +39,7 @@ def distribution(
             q3=quartiles[0.75],
             upperfence=quartiles[1.0],
             name="quartiles, range",
+            width=0.8,
             line={"color": GREY, "width": 1},
             fillcolor="rgba(138,148,160,0.15)",
             hoverinfo="skip",

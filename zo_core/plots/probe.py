@@ -93,6 +93,7 @@ def sensitivity(
         go.Bar(
             x=table["layer"],
             y=table["mean"],
+            width=0.8,  # of a layer, also where the layers are far apart
             marker={
                 "color": np.where(marked, ACCENT, "#56B4E9").tolist(),
                 "pattern": {"shape": np.where(marked, "/", "").tolist()},

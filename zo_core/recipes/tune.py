@@ -7,7 +7,7 @@ from typing import Any
 from zo_core import trackers
 from zo_core.errors import MemoryExhaustedError, UserError
 from zo_core.jobs import TuneJob
-from zo_core.models.load import LoadedModel
+from zo_core.models.load import LoadedModel, pick_device, pick_dtype
 from zo_core.progress import JobContext
 from zo_core.provenance import provenance
 from zo_core.recipes.evaluations import Evaluations
@@ -21,7 +21,7 @@ from zo_core.zo.checkpoint import restore_run, save_checkpoint
 from zo_core.zo.fingerprint import base_weights, digest
 from zo_core.zo.forward import CHUNK, FastForward, Forward
 from zo_core.zo.out_of_memory import MemoryLadder
-from zo_core.zo.path import choose_forward, fp8_reason, reference_forward
+from zo_core.zo.path import check_fp8, choose_forward, fp8_reason, reference_forward
 from zo_core.zo.scope import TunedScope
 from zo_core.zo.scopes import Selection, select
 from zo_core.zo.trainer import LossNotFiniteError, Progress, make_optimizer, make_scope, train
@@ -37,6 +37,9 @@ class PatienceOverError(Exception):
 def run_tune(job: TuneJob, run: Run, context: JobContext) -> None:
     """Tune a scope, or go on with a run that was interrupted."""
     trackers.check(job.track)
+    if job.suffix == "fp8":  # before anything is loaded
+        device = pick_device(job.device)
+        check_fp8(device, pick_dtype(job.dtype, device))
     data = load_job_task(job, job.train_examples, job.eval_examples, job.seed, job.dev_examples)
     spec = parse(job.scope)
     if spec.form == "prefix" and data.task.generates:

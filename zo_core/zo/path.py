@@ -58,8 +58,8 @@ def choose_forward(
     if path == "reference":
         return reference_forward(loaded), "asked for"
     eight = suffix == "fp8"
-    if eight and (problem := fp8.why_not(loaded.device, loaded.dtype)):
-        raise UserError(f"suffix: fp8 {problem}: leave suffix at model.")
+    if eight:
+        check_fp8(loaded.device, loaded.dtype)
     cuda = loaded.device.type == "cuda"
     long_enough = steps * loaded.info.parameters >= COMPILED_FROM
     fast = FastForward(
@@ -92,6 +92,16 @@ def choose_forward(
     if objection and eight:
         raise UserError(f"suffix: fp8 needs the fast path, but {objection}.")
     return (reference_forward(loaded), objection) if objection else (fast, reason)
+
+
+def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse an fp8 suffix where there can be none.
+
+    Raises:
+        UserError: the device or the dtype does not go with it.
+    """
+    if problem := fp8.why_not(device, dtype):
+        raise UserError(f"suffix: fp8 {problem}: leave suffix at model.")
 
 
 def fp8_reason(
