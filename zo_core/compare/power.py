@@ -53,10 +53,10 @@ def power_note(units: int, claims: int, alpha: float) -> str:
     smallest = smallest_p(units, greater=True)
     if units < needed:
         return (
-            f"{each}: no claim can be decided, as the smallest p is {smallest:.3g} and {claims} "
-            f"claims at {alpha:g} need {alpha / claims:.3g}: {needed} units or more."
+            f"{each}: no claim on the metric can be decided, as the smallest p is {smallest:.3g} "
+            f"and {claims} of them at {alpha:g} need {alpha / claims:.3g}: {needed} units or more."
         )
     return (
-        f"{each}: the smallest p is {smallest:.3g}, enough to decide {claims} claims at {alpha:g} "
-        f"({needed} units are the fewest that can). A small effect needs many more."
+        f"{each}: the smallest p is {smallest:.3g}, enough to decide {claims} claims on the metric "
+        f"at {alpha:g} ({needed} units are the fewest that can). A small effect needs many more."
     )
