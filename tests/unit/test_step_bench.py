@@ -1,8 +1,12 @@
 """The benchmark of a step, on the bundled model and few rows."""
 
+from pathlib import Path
+
 import pytest
+import torch
 
 from zo_core.bench import step as bench
+from zo_core.bench.loop import run_loop_bench
 from zo_core.errors import UserError
 
 
@@ -32,3 +36,19 @@ def test_bad_input_is_a_sentence() -> None:
         bench.run_step_bench("gpt9", ["reviews"], device="cpu")
     with pytest.raises(UserError, match="layer: 99 is out of range: demo has layers 0 to 15"):
         bench.run_step_bench("demo", ["reviews"], layer=99, device="cpu")
+
+
+@pytest.mark.gpu
+def test_the_loop_alone_with_and_without_graphs() -> None:
+    """Both are timed, and the kernels of the graphed steps are there."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    found = run_loop_bench("demo", "reviews", Path(), "layer:3", "float32", rows=64, steps=30)
+    assert min(found["launched"], found["graphs"]) > 0
+    assert found["kernels"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_loop_without_a_gpu_is_a_sentence() -> None:
+    with pytest.raises(UserError, match="CUDA graphs need a GPU"):
+        run_loop_bench("demo", "reviews", Path(), "layer:3", "float32", rows=64, steps=30)
