@@ -109,7 +109,8 @@ def _kernels(
 ) -> dict[str, tuple[float, float]]:
     """Milliseconds and launches a step of the longest kernels."""
     more = job.model_copy(update={"steps": job.steps + PROFILED})
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    both = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=both) as profile:
         _loop(more, loaded, forward, scope, rows, begin=job.steps)
     times: Counter[str] = Counter()
     launches: Counter[str] = Counter()
