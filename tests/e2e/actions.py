@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from playwright.sync_api import Page
+from playwright.sync_api import Page, expect
 
 SLOW = 180_000  # milliseconds; jobs on a busy two-core machine
 
@@ -27,6 +27,25 @@ def key(page: Page, name: str):  # noqa: ANN201 - a playwright Locator
 def press(page: Page, name: str) -> None:
     """Click the button of a widget key."""
     key(page, name).get_by_role("button").first.click()
+
+
+def cancel(page: Page, name: str = "cancel_run") -> None:
+    """Ask the run, or the comparison, on the page to stop.
+
+    A click that falls into a rerun of the whole page, as after a resume, can be lost: a person sees
+    that the button still says Cancel, and presses again.
+    """
+    button = key(page, name).get_by_role("button", name="Cancel", exact=True)
+    for last in (False, False, True):
+        at_rest(page)
+        button.click()
+        try:
+            expect(button).to_have_count(0, timeout=10_000)
+        except AssertionError:
+            if last:
+                raise
+        else:
+            return
 
 
 def fill(page: Page, name: str, value: str) -> None:

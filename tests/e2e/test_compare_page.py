@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from tests.e2e.actions import SLOW, download, key, press, settled
+from tests.e2e.actions import SLOW, cancel, download, key, press, settled
 from tests.e2e.conftest import App
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
@@ -57,7 +57,7 @@ def test_a_comparison_from_upload_to_report(page: Page, app: App, tmp_path: Path
     page.reload()
     settled(page)
     expect(filled(page).first).to_be_visible(timeout=PATIENCE)
-    press(page, "cancel_comparison")
+    cancel(page, "cancel_comparison")
     expect(key(page, "resume_comparison")).to_be_visible(timeout=SLOW)
     expect(key(page, "comparison_header")).to_contain_text("Cancelled", timeout=SLOW)
     first = filled(page).count()

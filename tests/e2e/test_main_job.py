@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.e2e.actions import SLOW, click_chart, download, fill, key, press, settled
+from tests.e2e.actions import SLOW, cancel, click_chart, download, fill, key, press, settled
 from tests.e2e.conftest import App
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -106,7 +106,7 @@ def test_tune_live_reload_cancel_and_find_it_again(page: Page, app: App, tmp_pat
     settled(page)
     third = wait_for_more(page, second)
 
-    press(page, "cancel_run")
+    cancel(page)
     expect(key(page, "resume_run")).to_be_visible()
     assert passes(page) >= third
     metrics = pd.read_csv(download(page, "download_metrics", tmp_path))
@@ -135,7 +135,7 @@ def test_a_killed_server_loses_nothing(page: Page, app: App) -> None:
     expect(key(page, "run_header")).to_contain_text("interrupted")
     press(page, "resume_run")
     wait_for_more(page, seen)
-    press(page, "cancel_run")
+    cancel(page)
     expect(key(page, "resume_run")).to_be_visible()
 
 
