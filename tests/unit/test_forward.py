@@ -1,6 +1,6 @@
 """The fast path against the reference path: families, lengths, candidates, points, layers."""
 
-from itertools import permutations
+from itertools import pairwise, permutations
 from pathlib import Path
 
 import pytest
@@ -21,9 +21,10 @@ from zo_core.jobs import ModelFields
 from zo_core.models.load import LoadedModel, load
 from zo_core.tasks.scoring import candidate_scores, task_loss
 from zo_core.tasks.templates import Candidate, Example
+from zo_core.zo import packing as packing_module
 from zo_core.zo.forward import FastForward, ReferenceForward
-from zo_core.zo.graphs import GraphedForward, Row
-from zo_core.zo.packing import pack
+from zo_core.zo.graphs import GraphedForward, Row, StaticPacking
+from zo_core.zo.packing import Packing, pack
 from zo_core.zo.path import choose_forward
 from zo_core.zo.scope import Draw, Point, TunedScope, scope_parameters
 
@@ -100,12 +101,34 @@ def test_fast_equals_reference(tiny: LoadedModel, layer: int, batch: list[Exampl
         scope.close()
 
 
+def _listed() -> Packing:
+    """The packing in progress; of tensors, as the kernel on a GPU reads them, the lists."""
+    found = packing_module._packing
+    if isinstance(found, Packing):
+        return found
+    assert isinstance(found, StaticPacking)
+    queries, keys = found.query_borders.tolist(), found.key_borders.tolist()
+    read = found.key_index.tolist() if found.shared else list(range(keys[-1]))
+    seen = []
+    for (start, end), (first, last) in zip(pairwise(queries), pairwise(keys), strict=True):
+        # What fills a bucket up may lack keys, for which the kernel gives 0; nobody reads it.
+        seen.append(tuple(read[first:last] if last - first >= end - start else range(start, end)))
+    lengths = tuple(b - a for a, b in pairwise(queries))
+    return Packing(found.query_borders.device, lengths, tuple(seen))
+
+
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("batch", [SINGLE, SEVERAL], ids=["one", "several"])
-def test_buckets_change_nothing(tiny: LoadedModel, batch: list[Example]) -> None:
-    """What a CUDA graph would run, launch by launch: rounded sizes, padded attention."""
-    plain, rounded = FastForward(tiny, 2), FastForward(tiny, 2, graphs=True)
-    rounded.use_graphs(False)
+def test_buckets_and_whole_blocks_change_nothing(
+    tiny: LoadedModel, batch: list[Example], whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU runs, launch by launch: rounded sizes, tuned blocks once for each point."""
+    monkeypatch.setattr(packing_module, "_current", _listed)
+    monkeypatch.setattr(torch, "compile", lambda run, **_options: run)
     scope = TunedScope(scope_parameters(tiny, 2))
+    plain = FastForward(tiny, 2)
+    rounded = FastForward(tiny, 2, graphs=True, compiled=whole, tuned=scope.parameters)
+    rounded.use_graphs(False)
     try:
         for part in (batch, batch[:1], batch):
             wanted = plain.logits_at(plain.prepare(part), scope, POINTS)

@@ -35,7 +35,7 @@ PROFILED = 8
 
 
 def run_loop_bench(
-    shape: str, task: str, data_dir: Path, scope: str, dtype: str, rows: int, steps: int
+    shape: str, task: str, data_dir: Path | None, scope: str, dtype: str, rows: int, steps: int
 ) -> dict[str, Any]:
     """Time the loop on a task's rows, with and without graphs.
 
@@ -126,7 +126,7 @@ def _kernels(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--data-dir", type=Path, required=True, help="as in tune")
+    parser.add_argument("--data-dir", type=Path, help="as in tune")
     parser.add_argument("--shape", choices=list(SHAPES), default="demo")
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--scope", default="layer:3")

@@ -6,7 +6,8 @@ The arms take turns on the same batches, so that a change of the machine's clock
 Times are of whole steps, perturbation, update and host work included: the clock runs from one
 synchronisation with the device to the next. Ours is the training loop itself, ledger included: its
 time is that of a round of batches, divided. Beside it stands the floor: the matrix products of the
-blocks that have to run, for the tokens that have to run, and nothing else.
+blocks that have to run, for the tokens that have to run, and nothing else. It takes its turn, as
+many times in a row as our steps: at its power limit a GPU is slower than in its first milliseconds.
 """
 
 import gc
@@ -20,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
+from zo_core.bench.floor import ProductFloor
 from zo_core.bench.mezo import PublishedMezo
 from zo_core.bench.phases import our_phases
 from zo_core.bench.shapes import build, examples
@@ -184,16 +184,21 @@ class _TaskBench:
             "naive": PublishedMezo(loaded, list(block.parameters()), EPS, LR),
         }
         peaks = {n: self._peak(partial(self._published, arm, 0)) for n, arm in arms.items()}
+        tokens = statistics.fmean(
+            pack([e.rows for e in batch], torch.device("cpu"))[2].tokens for batch in self._batches
+        )
+        floor = ProductFloor(loaded.decoder.blocks[self._layer :], round(2 * tokens))
         scope = TunedScope(scope_parameters(loaded, self._layer))
         error = None
         try:
             fast, path = self._path(scope, "model")
             peaks["ours"] = self._warm_up(fast, scope)
-            times: dict[str, list[float]] = {name: [] for name in peaks}
+            times: dict[str, list[float]] = {name: [] for name in (*peaks, "floor")}
             for number in range(rounds):
                 for name, arm in arms.items():
                     times[name].append(self._published(arm, number))
                 times["ours"].append(self._ours(fast, scope, len(self._batches)))
+                times["floor"].append(self._products(floor))
             phases = {name: self._published_phases(arm) for name, arm in arms.items()}
             phases["ours"] = our_phases(loaded, fast, scope, self._batches[0], self._layer, EPS)
             del fast  # with its graphs: the next arm's memory is its own
@@ -207,10 +212,6 @@ class _TaskBench:
                 phases["fp8"] = our_phases(loaded, fast, scope, self._batches[0], self._layer, EPS)
         finally:
             scope.close()
-        tokens = statistics.fmean(
-            pack([e.rows for e in batch], torch.device("cpu"))[2].tokens for batch in self._batches
-        )
-        floor, flops = self._floor(round(2 * tokens))
         padded = [arms["mezo"].prepare(b).input_ids.numel() for b in self._batches]
 
         def summary(name: str) -> ArmTime:
@@ -232,8 +233,8 @@ class _TaskBench:
             fp8=summary("fp8") if "fp8" in times else None,
             fp8_error=error,
             path=path,
-            floor=floor,
-            flops=flops,
+            floor=statistics.median(times["floor"]),
+            flops=floor.flops,
         )
 
     def _path(self, scope: TunedScope, suffix: str) -> tuple[FastForward, str]:
@@ -311,6 +312,14 @@ class _TaskBench:
         )
         return (clock.now() - began) / steps
 
+    def _products(self, floor: ProductFloor) -> float:
+        """Milliseconds of the products alone."""
+        clock = Clock(self._loaded.device)
+        began = clock.now()
+        for _ in self._batches:
+            floor.run()
+        return (clock.now() - began) / len(self._batches)
+
     def _peak(self, run: Callable[[], object]) -> int | None:
         if self._kind != "cuda":
             run()
@@ -320,28 +329,6 @@ class _TaskBench:
         torch.cuda.reset_peak_memory_stats()
         run()
         return torch.cuda.max_memory_allocated()
-
-    @torch.no_grad()
-    def _floor(self, tokens: int) -> tuple[float, float]:
-        """Milliseconds and operations of the products of the blocks from the tuned one up."""
-        products = [
-            m
-            for block in self._loaded.decoder.blocks[self._layer :]
-            for m in block.modules()
-            if isinstance(m, nn.Linear)
-        ]
-        inputs = {
-            width: torch.randn(tokens, width, device=self._loaded.device, dtype=self._loaded.dtype)
-            for width in {m.in_features for m in products}
-        }
-        clock, times = Clock(self._loaded.device), []
-        for _ in range(ROUNDS[self._kind] + 2):
-            began = clock.now()
-            for m in products:
-                F.linear(inputs[m.in_features], m.weight)
-            times.append(clock.now() - began)
-        flops = sum(2.0 * tokens * m.in_features * m.out_features for m in products)
-        return statistics.median(times[2:]), flops
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -27,8 +27,8 @@ MOMENTS = {"momentum": 1, "adamm": 3, "adamw": 2}
 
 LORA_RANK = 8
 PREFIX_LENGTH = 5
-GRAPH_BUCKETS = 16
-"""Buckets of batch sizes that a run is taken to capture."""
+STATIC_INPUTS = 2
+"""Times the largest batch that the graphs' input takes: it may have had to grow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Tuning:
     reference path 2 T V s, as every position has logits, and three times that with a gradient."""
     graphs: int
     """On a GPU: a pool as large as ``activations`` and ``logits`` that all graphs
-    share, and n T H s of static input in each of 16 buckets."""
+    share, and 2 n T H s of static input."""
 
     @property
     def total(self) -> int:
@@ -174,7 +174,7 @@ def tuning(
         activations=activations,
         logits=logits,
         graphs=(
-            activations + logits + GRAPH_BUCKETS * batch * info.hidden_size * size if graphed else 0
+            activations + logits + STATIC_INPUTS * batch * info.hidden_size * size if graphed else 0
         ),
     )
 

@@ -159,10 +159,10 @@ class FastForward:
                 0 runs the whole model each time.
             budget: bytes the cache may take; None: 512 MiB on a CPU, a fifth of a GPU.
             chunk: examples whose prefix is computed together.
-            graphs: lay batches into buckets and replay CUDA graphs of them. Float32 and
-                capped scores do without flash attention: padded, with tables that stay in place.
-            compiled: run the frozen blocks above the tuned layer through ``torch.compile``.
-            tuned: names of the tuned parameters; blocks that hold one are not compiled.
+            graphs: lay batches into buckets and replay CUDA graphs of them.
+            compiled: run the frozen blocks above the tuned layer through ``torch.compile``, and
+                those that are tuned for the most part where points run side by side.
+            tuned: names of the tuned parameters; other blocks that hold one are not compiled.
             fp8: run pairs of points through the frozen blocks above the tuned layer in fp8.
         """
         self._loaded = loaded
@@ -175,6 +175,12 @@ class FastForward:
             for i, block in enumerate(blocks)
             if compiled and i > layer and i not in held
         }
+        self._whole = {
+            f"{prefix}.{i}": torch.compile(blocks[i].forward, dynamic=True)
+            for i in held
+            if compiled and _mostly(tuned, of_block[i], blocks[i])
+        }
+        """Compiled tuned blocks, by name."""
         last = max(held, default=layer)
         eight = blocks[last + 1 :]
         self.fp8 = PairsInFp8(loaded.model, eight, blocks, compiled) if fp8 else None
@@ -185,7 +191,6 @@ class FastForward:
                 loaded.device,
                 loaded.info.hidden_size,
                 loaded.dtype,
-                padded=bool(getattr(loaded.model.config, "attn_logit_softcapping", None)),
             )
             if graphs
             else None
@@ -335,7 +340,7 @@ class FastForward:
         handle = head.register_forward_pre_hook(keep_scored)
         apart: AbstractContextManager[None] = nullcontext()
         if row.copies > 1:
-            apart = paired(model, self._weights, row.ids.shape[1] // row.copies)
+            apart = paired(model, self._weights, row.ids.shape[1] // row.copies, self._whole)
         pair = self.fp8 if row.copies == 2 else None
         compiled = {b: f for b, f in self._compiled.items() if not (pair and pair.runs(b))}
         try:
@@ -349,3 +354,9 @@ class FastForward:
                 return model(input_ids=row.ids, position_ids=row.positions, use_cache=False).logits
         finally:
             handle.remove()
+
+
+def _mostly(tuned: Collection[str], prefix: str, block: nn.Module) -> bool:
+    """Whether most weights of a block, whose names begin with the prefix, are tuned."""
+    sizes = {prefix + name: p.numel() for name, p in block.named_parameters()}
+    return 2 * sum(sizes.get(name, 0) for name in tuned) > sum(sizes.values())

@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from zo_core.zo.packing import FLASH, Borders, Packing, upload
-from zo_core.zo.padding import PaddedIndex
+from zo_core.zo.packing import Borders, Packing, upload
 
 FINEST = 16
 """Tokens are rounded up to a multiple of this."""
@@ -29,6 +28,9 @@ CAPTURE_AT = 2
 """A bucket is captured when it is seen for this time: rare ones are not worth it."""
 
 MOST_GRAPHS = 256
+
+GROWTH = 1.25
+"""Shared static tensors that are too small grow to at least so many times their size."""
 
 
 def rounded(count: int, finest: int = FINEST) -> int:
@@ -47,7 +49,6 @@ class Bucket:
     keys: int
     places: int
     longest_query: int
-    longest_key: int
     shared: bool
     cached: bool
 
@@ -58,11 +59,18 @@ class StaticPacking:
 
     shared: bool
     longest_query: int
-    longest_key: int
     query_borders: torch.Tensor
     key_borders: torch.Tensor
     key_index: torch.Tensor
-    padding: PaddedIndex
+
+    def first_of(self, copies: int) -> "StaticPacking":
+        """The first copy of so many."""
+        segments = (len(self.query_borders) - 1) // copies
+        return StaticPacking(
+            *(self.shared, self.longest_query),
+            *(self.query_borders[: segments + 1], self.key_borders[: segments + 1]),
+            self.key_index[: len(self.key_index) // copies],
+        )
 
 
 @dataclass(slots=True)
@@ -104,7 +112,6 @@ class GraphedForward:
         device: torch.device,
         hidden_size: int,
         dtype: torch.dtype,
-        padded: bool = False,
     ) -> None:
         """Wrap a function.
 
@@ -113,15 +120,13 @@ class GraphedForward:
             device: a CUDA device.
             hidden_size: H.
             dtype: of the hidden states.
-            padded: whether the model's attention is not flash attention for another reason than
-                its dtype.
         """
         self._run = run
         self._device = device
-        self._hidden = (hidden_size, dtype)
         self._slots: dict[Bucket, Slots] = {}
-        self._padded = padded or dtype not in FLASH
         self._pool: Any = None
+        self._input = torch.empty(1, 0, hidden_size, dtype=dtype, device=device)
+        """Static hidden states; buckets share them, as one runs at a time."""
         self.capture = True
         """Whether graphs are used; off, the same buckets run launch by launch."""
 
@@ -129,6 +134,7 @@ class GraphedForward:
         """Give up graphs and static tensors for good; whether there were any to give up."""
         self.capture, had = False, self.capture
         self._slots.clear()
+        self._input = self._input[:, :0].clone()
         return had
 
     @property
@@ -188,7 +194,6 @@ class GraphedForward:
             keys=keys,
             places=rounded(places, 16),
             longest_query=rounded(max(packing.longest_query, room - tokens), 64),
-            longest_key=rounded(max(packing.longest_key, keys - tokens - extra), 64),
             shared=packing.shared,
             cached=cached,
         )
@@ -200,36 +205,30 @@ class GraphedForward:
             return torch.zeros(shape, dtype=dtype, device=self._device)
 
         borders = copies * bucket.segments + 1
-        segments = copies * bucket.segments if self._padded else 0
-        width, dtype = self._hidden
         packing = StaticPacking(
             shared=bucket.shared,
             longest_query=bucket.longest_query,
-            longest_key=bucket.longest_key,
             query_borders=ints(borders, dtype=torch.int32),
             key_borders=ints(borders, dtype=torch.int32),
             key_index=ints(copies * bucket.keys if bucket.shared else 0),
-            padding=PaddedIndex(
-                lengths=ints(2, segments),
-                padded_queries=ints(segments, bucket.longest_query),
-                padded_keys=ints(segments, bucket.longest_key),
-                unpad=ints(copies * bucket.tokens if self._padded else 0),
-                shared=bucket.shared,
-            ),
         )
         row = Row(
             ids=ints(1, copies * bucket.tokens),
             positions=ints(1, copies * bucket.tokens),
             places=ints(copies * bucket.places),
-            hidden=(
-                torch.zeros(1, copies * bucket.tokens, width, dtype=dtype, device=self._device)
-                if bucket.cached
-                else None
-            ),
+            hidden=self._hidden(copies * bucket.tokens) if bucket.cached else None,
             packing=packing,
             copies=copies,
         )
         return Slots(row, packing)
+
+    def _hidden(self, tokens: int) -> torch.Tensor:
+        """Hidden states [1, tokens, H] at the start of what all buckets share."""
+        held, width = self._input.shape[1:]
+        if held < tokens:  # graphs of smaller buckets keep the place they were captured with
+            room = max(tokens, round(GROWTH * held))
+            self._input = self._input.new_zeros(1, room, width)
+        return self._input[:, :tokens]
 
     def _fill(
         self,
@@ -268,8 +267,6 @@ class GraphedForward:
             found[: len(known)] = torch.tensor(known)
             index = upload(found, self._device)
             slots.packing.key_index.view(copies, -1).copy_(index + offsets)
-        if self._padded:
-            _fill_padding(slots.packing.padding, bucket, packing)
 
     def _capture(self, slots: Slots) -> None:
         if self.graphs >= MOST_GRAPHS:
@@ -310,28 +307,6 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _fill_padding(padding: PaddedIndex, bucket: Bucket, packing: Packing) -> None:
-    """The padded layout of all copies: the segments, empty ones, and the rest of the bucket."""
-    rest = range(packing.tokens, bucket.tokens)
-    empty = [range(0)] * (bucket.segments - 1 - len(packing.query_lengths))
-    starts = [0, *accumulate(packing.query_lengths)]
-    queries = [range(a, b) for a, b in zip(starts, starts[1:], strict=False)] + empty + [rest]
-    keys = [*packing.keys, *empty, rest]
-    device = padding.unpad.device
-    for table, rows in ((padding.padded_queries, queries), (padding.padded_keys, keys)):
-        one = torch.zeros(bucket.segments, table.shape[1], dtype=torch.int64)
-        for row, tokens in zip(one, rows, strict=True):
-            row[: len(tokens)] = torch.tensor(tokens)
-        copies = torch.arange(bucket.copies)[:, None, None] * bucket.tokens
-        table.copy_(upload((one + copies).flatten(0, 1), device))
-    lengths = torch.tensor([[len(r) for r in queries], [len(r) for r in keys]])
-    padding.lengths.copy_(upload(lengths.repeat(1, bucket.copies), device))
-    width = bucket.longest_query
-    unpad = torch.tensor([s * width + i for s, own in enumerate(queries) for i in range(len(own))])
-    offsets = torch.arange(bucket.copies)[:, None] * (bucket.segments * width)
-    padding.unpad.copy_(upload((unpad + offsets).flatten(), device))
 
 
 def _borders(lengths: Sequence[int], total: int, segments: int, copies: int) -> list[int]:

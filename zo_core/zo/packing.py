@@ -16,14 +16,9 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
-from zo_core.zo.padding import Padding, places_of, seen_keys
-
 NAME = "zoscope_packed"
-FLASH = (torch.bfloat16, torch.float16)
-"""What flash attention over segments takes; the rest runs padded (also with capped scores)."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +30,6 @@ class Packing:
     """Tokens of each segment; they sum to T."""
     keys: tuple[range | tuple[int, ...], ...]
     """For each segment, the tokens its queries can see, in order; the segment's own come last."""
-
-    @property
-    def padding(self) -> "Packing":
-        """Itself: it can be laid out padded."""
-        return self
 
     @property
     def tokens(self) -> int:
@@ -103,30 +93,32 @@ class Packing:
         places = [s * width + i for s, n in enumerate(self.query_lengths) for i in range(n)]
         return torch.tensor(places, device=self.device)
 
-    @cached_property
-    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Places within their sequences of padded queries [S, Lq, 1] and of real keys [S, 1, Lk].
-
-        Padding keys are at -1, which nothing sees.
-        """
-        lengths = torch.tensor([self.query_lengths, self.key_lengths], device=self.device)
-        return places_of(lengths, self.longest_query, self.longest_key)
-
     def visible(self, window: int) -> torch.Tensor | None:
         """Which keys, bool [S, 1, Lq, Lk], a padded query sees; None if plain causal says it all.
 
         Args:
             window: a query sees itself and so many tokens less one before it; 0: all before it.
         """
-        if not self.shared and (not window or window >= max(self.key_lengths)):
+        if not self.shared and (not window or window >= self.longest_key):
             return None
-        return seen_keys(*self.places, window)
+        queries, keys = torch.tensor([self.query_lengths, self.key_lengths], device=self.device)
+        place = (keys - queries)[:, None] + torch.arange(self.longest_query, device=self.device)
+        key = torch.arange(self.longest_key, device=self.device)
+        seen = (key <= place[:, :, None]) & (key < keys[:, None, None])
+        if window:
+            seen &= key > place[:, :, None] - window
+        return seen[:, None]
 
     def repeated(self, times: int) -> "Packing":
         """The same segments several times over, one copy behind the other."""
         offsets = [copy * self.tokens for copy in range(times)]
         keys = tuple(tuple(k + offset for k in keys) for offset in offsets for keys in self.keys)
         return Packing(self.device, self.query_lengths * times, keys)
+
+    def first_of(self, copies: int) -> "Packing":
+        """The first copy of so many."""
+        count = len(self.query_lengths) // copies
+        return Packing(self.device, self.query_lengths[:count], self.keys[:count])
 
 
 def pack(
@@ -174,22 +166,19 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class Borders(Protocol):
-    """What flash attention needs to know of a packing."""
+    """Where the segments of a packed row lie, as the kernel on a GPU reads it."""
 
     @property
     def shared(self) -> bool: ...  # noqa: D102
     @property
     def longest_query(self) -> int: ...  # noqa: D102
     @property
-    def longest_key(self) -> int: ...  # noqa: D102
-    @property
     def query_borders(self) -> torch.Tensor: ...  # noqa: D102
     @property
     def key_borders(self) -> torch.Tensor: ...  # noqa: D102
     @property
     def key_index(self) -> torch.Tensor: ...  # noqa: D102
-    @property
-    def padding(self) -> Padding: ...  # noqa: D102
+    def first_of(self, copies: int) -> "Borders": ...  # noqa: D102
 
 
 def _current() -> Borders:
@@ -222,6 +211,18 @@ def packed(model: nn.Module, packing: Borders, dtype: torch.dtype | None = None)
         yield
     finally:
         _packing, config._attn_implementation, _dtype = before
+
+
+@contextmanager
+def one_copy(copies: int) -> Iterator[None]:
+    """Within, attention runs over one of the copies that the packing in progress holds."""
+    global _packing
+    all_of_them = _current()
+    _packing = all_of_them.first_of(copies)
+    try:
+        yield
+    finally:
+        _packing = all_of_them
 
 
 def attention(
@@ -274,20 +275,21 @@ def _attend(
 ) -> torch.Tensor:
     """Attention of the packing in progress, [1, T, heads, D]; window and softcap 0 mean none."""
     packing = _current()
-    flash = query.is_cuda and query.dtype in FLASH
-    if flash and not softcap:
-        return _varlen(packing, query[0], key[0], value[0], scaling, window)[None]
-    padding = packing.padding
-    q = _gather(query[0], padding.padded_queries)
-    k, v = (_gather(x[0], padding.padded_keys) for x in (key, value))
-    seen = padding.visible(window)
+    if query.is_cuda:
+        from zo_core.zo.kernels.attention import attend
+
+        return attend(query[0], key[0], value[0], packing, scaling, window, softcap)[None]
+    assert isinstance(packing, Packing), "static packings are for a GPU"
+    q = _gather(query[0], packing.padded_queries)
+    k, v = (_gather(x[0], packing.padded_keys) for x in (key, value))
+    seen = packing.visible(window)
     if not softcap:
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=seen, is_causal=seen is None, scale=scaling, enable_gqa=True
         )
     else:
         out = _softcapped(q, k, v, seen, scaling, softcap)
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, padding.unpad)[None]
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, packing.unpad)[None]
 
 
 @torch.library.custom_op("zoscope::packed_attention", mutates_args=())
@@ -312,35 +314,6 @@ def _gather(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """States [heads, T, D] of the tokens of an index [S, L] -> [S, heads, L, D]."""
     flat = states.index_select(1, index.flatten())
     return flat.unflatten(1, index.shape).transpose(0, 1)
-
-
-def _varlen(
-    packing: Borders,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float,
-    window: int,
-) -> torch.Tensor:
-    """Flash attention over segments: query [heads, T, D], the others [key heads, T, D]."""
-    repeats = query.shape[0] // key.shape[0]
-    if repeats > 1:  # not every torch that has this function lets heads share keys
-        key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
-    k, v = key.transpose(0, 1), value.transpose(0, 1)
-    if packing.shared:
-        k, v = k[packing.key_index], v[packing.key_index]
-    out: torch.Tensor = varlen_attn(  # type: ignore[assignment]
-        query.transpose(0, 1),
-        k,
-        v,
-        packing.query_borders,
-        packing.key_borders,
-        packing.longest_query,
-        packing.longest_key,
-        scale=scaling,
-        window_size=(window - 1, 0),
-    )
-    return out
 
 
 def _softcapped(

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from zo_core.zo.packing import one_copy
+
 
 class NotTokenwiseError(Exception):
     """A tuned module does not treat tokens alike, so its input cannot be split into copies."""
@@ -20,7 +22,10 @@ class NotTokenwiseError(Exception):
 
 @contextmanager
 def paired(
-    model: nn.Module, weights: Mapping[str, Sequence[torch.Tensor]], tokens: int
+    model: nn.Module,
+    weights: Mapping[str, Sequence[torch.Tensor]],
+    tokens: int,
+    whole: Mapping[str, Callable[..., Any]],
 ) -> Iterator[None]:
     """Within, copy i of the packed row meets ``weights[name][i]``.
 
@@ -28,45 +33,78 @@ def paired(
         model: the model.
         weights: name of every tuned parameter -> its values at each of the n points.
         tokens: T, so that the row that runs has n x T tokens.
+        whole: names of blocks that treat the copies apart as a whole, and what runs for each. Of
+            other blocks, only the modules that own tuned weights do.
     """
     owners: dict[str, dict[str, Sequence[torch.Tensor]]] = {}
     for name, values in weights.items():
-        owner, _, own = name.rpartition(".")
-        owners.setdefault(owner, {})[own] = values
-    modules = [model.get_submodule(owner) for owner in owners]
-    for module, changed in zip(modules, owners.values(), strict=True):
-        module.forward = _apart(module, changed, tokens)
+        block = next((b for b in whole if name.startswith(f"{b}.")), None)
+        owner = name.rpartition(".")[0] if block is None else block
+        owners.setdefault(owner, {})[name] = values
+    copies = len(next(iter(weights.values())))
+    modules = {owner: model.get_submodule(owner) for owner in owners}
+    for owner, module in modules.items():
+        places = []
+        for name, values in owners[owner].items():
+            at, _, own = name.rpartition(".")
+            places.append((model.get_submodule(at)._parameters, own, values))
+        if owner in whole:
+            module.forward = _apart(_with_one_copy(whole[owner], copies), places, copies, tokens)
+        else:
+            module.forward = _apart(module.forward, places, copies, tokens)
     try:
         yield
     finally:
-        for module in modules:
+        for module in modules.values():
             del module.forward  # uncovers the class's own
 
 
-def _apart(
-    module: nn.Module, weights: Mapping[str, Sequence[torch.Tensor]], tokens: int
-) -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]:
-    """A forward that gives every copy its own weights."""
-    forward = module.forward
-    copies = len(next(iter(weights.values())))
+def _with_one_copy(forward: Callable[..., Any], copies: int) -> Callable[..., Any]:
+    """A block's forward on one copy, whose attention is told so."""
 
-    def run(*args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with one_copy(copies):
+            return forward(*args, **kwargs)
+
+    return run
+
+
+def _apart(
+    forward: Callable[..., Any],
+    places: Sequence[tuple[dict[str, Any], str, Sequence[torch.Tensor]]],
+    copies: int,
+    tokens: int,
+) -> Callable[..., Any]:
+    """A forward that gives every copy its own weights.
+
+    Args:
+        forward: what runs on each copy.
+        places: where the weights belong, the parameters of a module and a name, and their values.
+        copies: n.
+        tokens: T.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
         parts = [_split(arg, copies, tokens) for arg in args]
         named = {name: _split(arg, copies, tokens) for name, arg in kwargs.items()}
         axis = _token_axis(args[0] if args else next(iter(kwargs.values())), copies * tokens)
-        true = {name: module._parameters[name] for name in weights}
+        true = [parameters[name] for parameters, name, _ in places]
         outputs = []
         try:
             for copy in range(copies):
-                for name, values in weights.items():
-                    module._parameters[name] = values[copy]  # type: ignore[assignment]
+                for parameters, name, values in places:
+                    parameters[name] = values[copy]
                 outputs.append(
                     forward(*(p[copy] for p in parts), **{n: p[copy] for n, p in named.items()})
                 )
         finally:
-            module._parameters.update(true)
-        if isinstance(outputs[0], tuple):  # a router of experts
-            return tuple(torch.cat(part, dim=axis) for part in zip(*outputs, strict=True))
+            for (parameters, name, _), parameter in zip(places, true, strict=True):
+                parameters[name] = parameter
+        if isinstance(outputs[0], tuple):  # a router of experts, or a block
+            return tuple(
+                None if part[0] is None else torch.cat(part, dim=axis)
+                for part in zip(*outputs, strict=True)
+            )
         return torch.cat(outputs, dim=axis)
 
     return run
@@ -86,6 +124,8 @@ def _token_axis(value: Any, length: int) -> int:
 
 def _split(value: Any, copies: int, tokens: int) -> Sequence[Any]:
     """The parts of an argument that belong to each copy; what has no tokens goes to all."""
+    if isinstance(value, tuple) and value:  # cosines and sines of the positions
+        return list(zip(*(_split(part, copies, tokens) for part in value), strict=True))
     try:
         axis = _token_axis(value, copies * tokens)
     except NotTokenwiseError:

@@ -1,0 +1,33 @@
+"""The floor of a step: the matrix products of the blocks that have to run, and nothing else."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class ProductFloor:
+    """The products of some blocks with so many random token rows."""
+
+    def __init__(self, blocks: Iterable[nn.Module], tokens: int) -> None:
+        """Find the linear layers.
+
+        Args:
+            blocks: the blocks.
+            tokens: rows of every product.
+        """
+        modules = (module for block in blocks for module in block.modules())
+        self._weights = [m.weight for m in modules if isinstance(m, nn.Linear)]
+        self._inputs = {
+            w.shape[1]: torch.randn(tokens, w.shape[1], device=w.device, dtype=w.dtype)
+            for w in self._weights
+        }
+        self.flops = sum(2.0 * tokens * w.numel() for w in self._weights)
+        """Floating-point operations of a run."""
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Compute them all once."""
+        for weight in self._weights:
+            F.linear(self._inputs[weight.shape[1]], weight)
