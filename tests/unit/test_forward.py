@@ -2,6 +2,7 @@
 
 from itertools import pairwise, permutations
 from pathlib import Path
+from shutil import which
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from zo_core.jobs import ModelFields
 from zo_core.models.load import LoadedModel, load
 from zo_core.tasks.scoring import candidate_scores, task_loss
 from zo_core.tasks.templates import Candidate, Example
-from zo_core.zo import packing as packing_module
+from zo_core.zo import attention
 from zo_core.zo.forward import FastForward, ReferenceForward
 from zo_core.zo.graphs import GraphedForward, Row, StaticPacking
 from zo_core.zo.packing import Packing, pack
@@ -103,7 +104,7 @@ def test_fast_equals_reference(tiny: LoadedModel, layer: int, batch: list[Exampl
 
 def _listed() -> Packing:
     """The packing in progress; of tensors, as the kernel on a GPU reads them, the lists."""
-    found = packing_module._packing
+    found = attention._packing
     if isinstance(found, Packing):
         return found
     assert isinstance(found, StaticPacking)
@@ -123,7 +124,7 @@ def test_buckets_and_whole_blocks_change_nothing(
     tiny: LoadedModel, batch: list[Example], whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a GPU runs, launch by launch: rounded sizes, tuned blocks once for each point."""
-    monkeypatch.setattr(packing_module, "_current", _listed)
+    monkeypatch.setattr(attention, "current", _listed)
     monkeypatch.setattr(torch, "compile", lambda run, **_options: run)
     scope = TunedScope(scope_parameters(tiny, 2))
     plain = FastForward(tiny, 2)
@@ -137,6 +138,46 @@ def test_buckets_and_whole_blocks_change_nothing(
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     finally:
         scope.close()
+
+
+@pytest.mark.skipif(which("g++") is None, reason="nothing to compile with")
+def test_compiled_blocks_change_nothing() -> None:
+    """Frozen blocks, the last one in its two halves, and the tuned one of each point."""
+    model = load(ModelFields(dtype="float32", device="cpu"))
+    scope = TunedScope(scope_parameters(model, 13))
+    plain = FastForward(model, 13)
+    compiled = FastForward(model, 13, compiled=True, tuned=scope.parameters)
+    try:
+        for batch in (SEVERAL, SINGLE):
+            wanted = plain.logits_at(plain.prepare(batch), scope, POINTS)
+            got = compiled.logits_at(compiled.prepare(batch), scope, POINTS)
+            for a, b in zip(got, wanted, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+            both = [path.logits(path.prepare(batch)) for path in (compiled, plain)]
+            torch.testing.assert_close(*both, rtol=1e-5, atol=1e-4)
+    finally:
+        scope.close()
+
+
+def test_the_last_block_computes_what_is_read(tiny: LoadedModel) -> None:
+    """Its MLP sees as many tokens as there are scored places, and no more."""
+    block, seen = tiny.decoder.blocks[-1], []
+    linears = [m for m in block.modules() if list(m.parameters(recurse=False))]
+    handles = [
+        m.register_forward_pre_hook(lambda _m, args: seen.append(args[0].shape)) for m in linears
+    ]
+    fast = FastForward(tiny, 2)
+    prepared = fast.prepare(SEVERAL)
+    try:
+        wanted = fast.logits(prepared)
+    finally:
+        for handle in handles:
+            handle.remove()
+    places = len(prepared.scored.position)
+    assert places < prepared.input_ids.shape[1]
+    assert wanted.shape[0] == places
+    whole = [shape for shape in seen if prepared.input_ids.shape[1] in shape[:2]]
+    assert 0 < len(whole) < len(seen) / 2
 
 
 def test_a_full_bucket_reads_its_own_tokens_only() -> None:

@@ -131,6 +131,7 @@ def run_step_bench(
     device: str = "auto",
     dtype: str = "auto",
     say: Callable[[str], None] = lambda _line: None,
+    fp8: bool = True,
 ) -> dict[str, Any]:
     """Time the arms on every task.
 
@@ -142,6 +143,7 @@ def run_step_bench(
         device: see :class:`~zo_core.jobs.ModelFields`.
         dtype: likewise.
         say: receives a line for every task.
+        fp8: run ours with an fp8 suffix as well, where the GPU can.
 
     Returns:
         ``shape, layer, batch, tasks`` (:meth:`TaskTimes.as_dict`) and ``provenance``.
@@ -160,7 +162,7 @@ def run_step_bench(
     for task in tasks:
         say(f"{shape}, layer {layer}: {task}")
         rows, source = examples(task, loaded, BATCH * BATCHES, data_dir)
-        found.append(_TaskBench(loaded, layer, task, rows).run(source).as_dict(peak))
+        found.append(_TaskBench(loaded, layer, task, rows).run(source, fp8).as_dict(peak))
     return {"shape": shape, "layer": layer, "batch": BATCH, "tasks": found, "provenance": facts}
 
 
@@ -176,7 +178,7 @@ class _TaskBench:
         self._kind = loaded.device.type
         self._job = TuneJob(scope=f"layer:{layer}", steps=STEPS_OF_A_RUN, eps=EPS, lr=LR)
 
-    def run(self, source: str) -> TaskTimes:
+    def run(self, source: str, fp8: bool) -> TaskTimes:
         loaded, rounds = self._loaded, ROUNDS[self._kind]
         block = loaded.decoder.blocks[self._layer]
         arms = {
@@ -204,6 +206,8 @@ class _TaskBench:
             del fast  # with its graphs: the next arm's memory is its own
             gc.collect()
             with suppress(UserError):  # there need be no such arm
+                if not fp8:
+                    raise UserError("suffix: fp8 is not asked for.")
                 fast, _ = self._path(scope, "fp8")
                 draws = [Draw("gaussian", 0, step) for step in range(1, FP8_DRAWS + 1)]
                 error = fp8_error(loaded, fast, scope, self._rows[:4], draws, EPS)

@@ -155,6 +155,9 @@ def bench(
     folder: Annotated[
         Path | None, typer.Option(help="with --scan: its checkpoint, written if absent and kept")
     ] = None,
+    fp8: Annotated[
+        bool, typer.Option(help="with --shape: time an fp8 suffix as well, where the GPU can")
+    ] = True,
     out: Annotated[Path | None, typer.Option(help="write the Markdown table here")] = None,
     json: Json = False,
 ) -> None:
@@ -170,7 +173,7 @@ def bench(
         return
     if shape is not None:
         writable(out, "--out", json)
-        step_bench(shape, tasks.split(","), data_dir, layer, device, dtype, out, json)
+        step_bench(shape, tasks.split(","), data_dir, layer, device, dtype, fp8, out, json)
         return
     with TemporaryDirectory(prefix="zoscope-bench-") as cache:
         settings().cache_dir = Path(cache)
@@ -194,6 +197,7 @@ def step_bench(
     layer: int | None,
     device: str,
     dtype: str,
+    fp8: bool,
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -209,6 +213,7 @@ def step_bench(
             device,
             dtype,
             lambda line: typer.echo(f"... {line}", err=True),
+            fp8,
         )
     except (UserError, ValidationError) as error:
         refuse(explain(error) if isinstance(error, ValidationError) else str(error), as_json)

@@ -8,7 +8,7 @@ Both run the model's own modules; neither re-implements an architecture.
   one are frozen, so their output is computed once per example and cached; token rows are packed
   without padding, and the candidates of a prompt share its computation; the points
   ``theta + eps z`` and ``theta - eps z`` differ in the tuned layer only and run above it as one
-  batch; logits are computed at the scored places only.
+  batch; logits, and the last block above its keys, are computed at the scored places only.
 """
 
 from collections.abc import Collection, Sequence
@@ -23,10 +23,12 @@ from zo_core.models.load import LoadedModel
 from zo_core.models.memory import PAIRED_SHARE
 from zo_core.tasks.scoring import Scored, layout
 from zo_core.tasks.templates import Example
+from zo_core.zo.attention import packed
 from zo_core.zo.fp8 import PairsInFp8, standing_in
 from zo_core.zo.frozen import CHUNK, FrozenLayers
 from zo_core.zo.graphs import GraphedForward, Row
-from zo_core.zo.packing import Packing, pack, packed
+from zo_core.zo.last_block import at_places
+from zo_core.zo.packing import Packing, pack
 from zo_core.zo.paired import NotTokenwiseError, paired
 from zo_core.zo.points import Owed, move_to, write_points
 from zo_core.zo.scope import Point, TunedScope
@@ -341,6 +343,9 @@ class FastForward:
         apart: AbstractContextManager[None] = nullcontext()
         if row.copies > 1:
             apart = paired(model, self._weights, row.ids.shape[1] // row.copies, self._whole)
+        last = len(self._loaded.decoder) - 1
+        name, block = f"{self._loaded.decoder.prefix}.{last}.", self._loaded.decoder.blocks[last]
+        whole = row.copies > 1 and any(n.startswith(name) for n in self._weights)  # it is tuned
         pair = self.fp8 if row.copies == 2 else None
         compiled = {b: f for b, f in self._compiled.items() if not (pair and pair.runs(b))}
         try:
@@ -349,6 +354,7 @@ class FastForward:
                 self._frozen.skipped(row.hidden),
                 standing_in(compiled),
                 pair.running() if pair else nullcontext(),
+                nullcontext() if whole else at_places(block, row.places, row.ids.shape[1]),
                 apart,
             ):
                 return model(input_ids=row.ids, position_ids=row.positions, use_cache=False).logits

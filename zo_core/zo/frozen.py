@@ -13,7 +13,8 @@ from zo_core.models.load import LoadedModel
 from zo_core.models.memory import CACHE_SHARE, CPU_CACHE
 from zo_core.tasks.scoring import batches
 from zo_core.tasks.templates import Example
-from zo_core.zo.packing import Packing, pack, packed
+from zo_core.zo.attention import packed
+from zo_core.zo.packing import Packing, pack
 
 CHUNK = 32
 """Examples whose frozen prefix is computed together. Chunks are fixed by the order of the data, so

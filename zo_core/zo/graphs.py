@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from zo_core.zo.packing import Borders, Packing, upload
+from zo_core.zo.attention import Copies
+from zo_core.zo.packing import Packing, upload
 
 FINEST = 16
 """Tokens are rounded up to a multiple of this."""
@@ -63,6 +64,16 @@ class StaticPacking:
     key_borders: torch.Tensor
     key_index: torch.Tensor
 
+    @property
+    def key_starts(self) -> torch.Tensor:
+        """See :class:`~zo_core.zo.packing.Packing`."""
+        return self.key_borders[:-1]
+
+    @property
+    def key_ends(self) -> torch.Tensor:
+        """See :class:`~zo_core.zo.packing.Packing`."""
+        return self.key_borders[1:]
+
     def first_of(self, copies: int) -> "StaticPacking":
         """The first copy of so many."""
         segments = (len(self.query_borders) - 1) // copies
@@ -85,7 +96,7 @@ class Row:
     """int64 [copies x U]: packed places whose logits are wanted."""
     hidden: torch.Tensor | None
     """Input of the lowest tuned layer, [1, copies x T, H]."""
-    packing: Borders
+    packing: Copies
     copies: int
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zo_core.zo.packing import one_copy
+from zo_core.zo.attention import current, over
 
 
 class NotTokenwiseError(Exception):
@@ -63,7 +63,8 @@ def _with_one_copy(forward: Callable[..., Any], copies: int) -> Callable[..., An
     """A block's forward on one copy, whose attention is told so."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with one_copy(copies):
+        held: Any = current()
+        with over(held.first_of(copies)):
             return forward(*args, **kwargs)
 
     return run
@@ -87,7 +88,7 @@ def _apart(
     def run(*args: Any, **kwargs: Any) -> Any:
         parts = [_split(arg, copies, tokens) for arg in args]
         named = {name: _split(arg, copies, tokens) for name, arg in kwargs.items()}
-        axis = _token_axis(args[0] if args else next(iter(kwargs.values())), copies * tokens)
+        axis = token_axis(args[0] if args else next(iter(kwargs.values())), copies * tokens)
         true = [parameters[name] for parameters, name, _ in places]
         outputs = []
         try:
@@ -110,7 +111,7 @@ def _apart(
     return run
 
 
-def _token_axis(value: Any, length: int) -> int:
+def token_axis(value: Any, length: int) -> int:
     """The axis along which the copies of the row lie.
 
     Raises:
@@ -127,7 +128,7 @@ def _split(value: Any, copies: int, tokens: int) -> Sequence[Any]:
     if isinstance(value, tuple) and value:  # cosines and sines of the positions
         return list(zip(*(_split(part, copies, tokens) for part in value), strict=True))
     try:
-        axis = _token_axis(value, copies * tokens)
+        axis = token_axis(value, copies * tokens)
     except NotTokenwiseError:
         return [value] * copies
     return value.chunk(copies, dim=axis)

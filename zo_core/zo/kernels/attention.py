@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from zo_core.zo.packing import Borders
+from zo_core.zo.attention import Borders
 
 TALL = 24
 """Rows of a segment from which blocks are tall."""
@@ -29,7 +29,8 @@ def _segments(
     value,
     out,
     query_borders,
-    key_borders,
+    key_starts,
+    key_ends,
     key_index,
     scaling,
     window,
@@ -53,9 +54,9 @@ def _segments(
     """ROWS // GROUP tokens of a segment, for GROUP query heads; GROUPS such share a key head."""
     tokens: tl.constexpr = ROWS // GROUP
     segment, heads = tl.program_id(1), tl.program_id(2)
-    first_query, first_key = tl.load(query_borders + segment), tl.load(key_borders + segment)
+    first_query, first_key = tl.load(query_borders + segment), tl.load(key_starts + segment)
     queries = tl.load(query_borders + segment + 1) - first_query
-    keys = tl.load(key_borders + segment + 1) - first_key
+    keys = tl.load(key_ends + segment) - first_key
     begin = tl.program_id(0) * tokens
     if begin >= queries:
         return
@@ -122,7 +123,7 @@ def attend(
 
     Args:
         query: [heads, T, D], D contiguous.
-        key: [key heads, T, D], likewise; heads is a multiple of key heads.
+        key: [key heads, K, D], likewise; heads is a multiple of key heads.
         value: likewise.
         borders: where the segments lie.
         scaling: factor of the scores.
@@ -145,13 +146,13 @@ def attend(
     group = next(g for g in (8, 7, 6, 5, 4, 3, 2, 1) if repeats % g == 0)
     segments = len(borders.query_borders) - 1
     rows, keys, warps, stages = _shape(tokens / segments * group, query.dtype)
-    index = borders.key_index if borders.shared else borders.key_borders  # which nobody reads
+    index = borders.key_index if borders.shared else borders.key_starts  # which nobody reads
     out = torch.empty(tokens, heads, width, dtype=query.dtype, device=query.device)
     grid = (triton.cdiv(borders.longest_query, rows // group), segments, heads // group)
     with torch.cuda.device(query.device):
         _segments[grid](
             *(query, key, value, out),
-            *(borders.query_borders, borders.key_borders, index),
+            *(borders.query_borders, borders.key_starts, borders.key_ends, index),
             *(scaling, window, softcap),
             *(query.stride(0), query.stride(1), key.stride(0), key.stride(1)),
             *(value.stride(0), value.stride(1)),

@@ -16,7 +16,12 @@ from triton.language.extra import libdevice
 
 from zo_core.zo.grouped import BLOCK, COLUMNS, Group
 
-_TWO_PI = tl.constexpr(2.0 * math.pi * 2.0**-32)
+WARPS = 2
+"""Of a program: 16 values a thread, the fastest of 1, 2, 4 and 8 on an H100."""
+
+_QUARTER = tl.constexpr(0.5 * math.pi)
+_S3, _S5, _S7, _S9 = (tl.constexpr((-1) ** i / math.factorial(2 * i + 1)) for i in range(1, 5))
+_C4, _C6, _C8 = (tl.constexpr((-1) ** i / math.factorial(2 * i)) for i in range(2, 5))
 _FIRST, _SIZE, _KEY, _MASTER, _MASK, _OUT = (
     tl.constexpr(COLUMNS.index(name)) for name in ("first", "size", "key", "master", "mask", "out")
 )
@@ -29,9 +34,22 @@ _DTYPES = {
 
 @triton.jit
 def _normals(a, b):
+    """Box-Muller. Cosine and sine by Taylor's series within an eighth of a turn, to 1e-7."""
     radius = tl.sqrt(-2.0 * libdevice.log((a.to(tl.float32) + 0.5) * 2.3283064365386963e-10))
-    angle = b.to(tl.float32) * _TWO_PI
-    return radius * libdevice.cos(angle), radius * libdevice.sin(angle)
+    quarters = b.to(tl.float32) * 9.313225746154785e-10  # of a turn, 0 to 4: exact
+    nearest = tl.floor(quarters + 0.5)
+    angle = (quarters - nearest) * _QUARTER
+    square = angle * angle
+    sine = tl.fma(tl.fma(tl.fma(square, _S9, _S7), square, _S5), square, _S3)
+    sine = tl.fma(sine * square, angle, angle)
+    cosine = tl.fma(tl.fma(tl.fma(square, _C8, _C6), square, _C4), square, -0.5)
+    cosine = tl.fma(cosine, square, 1.0)
+    which = nearest.to(tl.int32)
+    odd = (which & 1) == 1
+    x, y = tl.where(odd, sine, cosine), tl.where(odd, cosine, sine)
+    x = tl.where(((which + 1) & 2) == 2, -x, x)
+    y = tl.where((which & 2) == 2, -y, y)
+    return radius * x, radius * y
 
 
 @triton.jit
@@ -263,4 +281,5 @@ def _launch(kernel, kind: str, group: Group, *arguments: object) -> None:
             MASKED=group.masked,
             GAUSSIAN=kind == "gaussian",
             BLOCK=BLOCK,
+            num_warps=WARPS,
         )

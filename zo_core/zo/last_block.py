@@ -1,0 +1,104 @@
+"""The last block at the scored places only.
+
+Above it nothing else is read. So its queries, its output projection and its MLP are needed at those
+places, its keys and values at all. It runs twice, through its own forward: with all tokens up to
+where attention begins, which keeps keys and values; and with the scored tokens, whose queries meet
+what was kept.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import nn
+
+from zo_core.zo import attention
+from zo_core.zo.attention import Borders, KeysReached
+from zo_core.zo.packing import Packing
+from zo_core.zo.paired import NotTokenwiseError, token_axis
+
+
+@contextmanager
+def at_places(block: nn.Module, places: torch.Tensor, tokens: int) -> Iterator[None]:
+    """Within, a block computes what it gives at some places; elsewhere it gives 0.
+
+    Args:
+        block: a block with one attention over the packing in progress.
+        places: int64 [U], in the packed row; any may come twice.
+        tokens: of the packed row.
+    """
+    forward, own = block.forward, block.__dict__.get("forward")
+
+    def pick(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(pick, value))
+        try:
+            axis = token_axis(value, tokens)
+        except NotTokenwiseError:
+            return value
+        return value.index_select(axis, places)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            with attention.until_keys():
+                return forward(*args, **kwargs)  # a block without attention
+        except KeysReached as reached:
+            kept = reached.key, reached.value
+        queries = _queries_at(attention.current(), places)
+        with attention.over(queries), attention.against(*kept):
+            found = forward(*map(pick, args), **{n: pick(v) for n, v in kwargs.items()})
+        if isinstance(found, tuple):
+            return (_spread(found[0], places, tokens), *found[1:])
+        return _spread(found, places, tokens)
+
+    block.forward = run
+    try:
+        yield
+    finally:
+        if own is None:
+            del block.forward  # uncovers the class's own
+        else:
+            block.forward = own
+
+
+def _spread(rows: torch.Tensor, places: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Rows [1, U, H] at their places of [1, T, H]."""
+    return rows.new_zeros(1, tokens, rows.shape[-1]).index_copy_(1, places, rows)
+
+
+@dataclass(slots=True)
+class _Queries:
+    """Segments of one query each; see :class:`~zo_core.zo.attention.Borders`."""
+
+    shared: bool
+    query_borders: torch.Tensor
+    key_starts: torch.Tensor
+    key_ends: torch.Tensor
+    key_index: torch.Tensor
+    longest_query: int = 1
+
+
+def _queries_at(borders: Borders, places: torch.Tensor) -> Borders:
+    """The queries at some places of a packed row, with the keys that each sees."""
+    if isinstance(borders, Packing) and not places.is_cuda:
+        starts = list(accumulate(borders.query_lengths, initial=0))
+        seen = []
+        for place in places.tolist():
+            segment = bisect_right(starts, place) - 1
+            keys = borders.keys[segment]
+            seen.append(keys[: len(keys) - (starts[segment + 1] - place) + 1])
+        return Packing(places.device, (1,) * len(seen), tuple(seen))
+    ends = borders.query_borders[1:]
+    whose = torch.searchsorted(ends, places.to(torch.int32), right=True)
+    behind = ends[whose] - 1 - places.to(torch.int32)
+    return _Queries(
+        shared=borders.shared,
+        query_borders=torch.arange(len(places) + 1, dtype=torch.int32, device=places.device),
+        key_starts=borders.key_starts[whose],
+        key_ends=borders.key_ends[whose] - behind,
+        key_index=borders.key_index if borders.shared else borders.key_starts,
+    )
