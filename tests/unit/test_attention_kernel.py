@@ -107,7 +107,8 @@ def test_what_has_no_key_is_zero(dtype: torch.dtype) -> None:
         shared=False,
         longest_query=64,
         query_borders=torch.tensor([0, 10, 10, 10, 40], dtype=torch.int32, device="cuda"),
-        key_borders=torch.tensor([0, 10, 10, 10, 13], dtype=torch.int32, device="cuda"),
+        key_starts=torch.tensor([0, 10, 10, 10], dtype=torch.int32, device="cuda"),
+        key_ends=torch.tensor([10, 10, 10, 13], dtype=torch.int32, device="cuda"),
     )
     got = attend(*(x.to(dtype) for x in (query, key, value)), borders, 0.1)
     assert bool(got.isfinite().all())

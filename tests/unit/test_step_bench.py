@@ -5,6 +5,7 @@ import torch
 
 from zo_core.bench import step as bench
 from zo_core.bench.loop import run_loop_bench
+from zo_core.bench.step_table import markdown
 from zo_core.errors import UserError
 
 
@@ -23,10 +24,38 @@ def test_three_arms_on_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     # 256 channels, 704 neurons: 4 and 3 matrices a block; layers 8 to 15, both points.
     products = 2 * (4 * 256 * 256 + 3 * 256 * 704) * 8
     assert task["flops"] == products * round(2 * task["tokens"])
-    table = bench.markdown(found)
+    table = markdown(found)
     assert "| reviews |" in table
     assert "* reviews, ours: " in table
     assert "fp8: " not in table.split("Phases")[1]
+
+
+def test_what_memory_is_too_short_for_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other tasks are kept, and the table names it; if none fits, a sentence says so."""
+    monkeypatch.setattr(bench, "BATCH", 2)
+    monkeypatch.setattr(bench, "BATCHES", 1)
+    monkeypatch.setattr(bench, "ROUNDS", {"cpu": 1})
+    step, fits = bench.PublishedMezo.step, [True]
+
+    def refuse(arm: bench.PublishedMezo, batch: object, *rest: object) -> float:
+        if not fits[0]:
+            raise torch.OutOfMemoryError
+        return step(arm, batch, *rest)
+
+    monkeypatch.setattr(bench.PublishedMezo, "step", refuse)
+    found = bench.run_step_bench(
+        "demo",
+        ["sst2", "copa"],
+        device="cpu",
+        say=lambda line: fits.__setitem__(0, not line.endswith("copa")),
+    )
+    assert [t["task"] for t in found["tasks"]] == ["sst2"]
+    assert found["short"] == ["copa"]
+    assert "Memory was too short for copa." in markdown(found)
+    with pytest.raises(UserError, match="demo and the published step need more memory"):
+        bench.run_step_bench(
+            "demo", ["copa"], device="cpu", say=lambda _line: fits.__setitem__(0, False)
+        )
 
 
 def test_bad_input_is_a_sentence() -> None:

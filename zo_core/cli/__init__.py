@@ -202,7 +202,8 @@ def step_bench(
     as_json: bool,
 ) -> None:
     """Time one step of every arm, in this process: it needs the device for itself."""
-    from zo_core.bench.step import markdown, run_step_bench
+    from zo_core.bench.step import run_step_bench
+    from zo_core.bench.step_table import markdown
 
     try:
         result = run_step_bench(

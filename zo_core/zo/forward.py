@@ -201,6 +201,7 @@ class FastForward:
         """Weights of the tuned parameters at the points in progress; their addresses stay."""
         self._frozen = FrozenLayers(loaded, layer, budget, chunk)
         self._tokenwise = True
+        self._watched = False
 
     def register(self, examples: Sequence[Example]) -> None:
         """Announce a data set; see :meth:`FrozenLayers.register`."""
@@ -256,10 +257,12 @@ class FastForward:
         """Take another layer as the lowest tuned one, without compiled blocks or graphs.
 
         The prefix of a batch is then up to the caller: ``Prepared.hidden`` is the layer's input, as
-        :meth:`trace` has seen it.
+        :meth:`trace` has seen it. Callers look at the blocks' outputs, so from then on the last
+        block, too, computes all tokens.
         """
         assert not self._compiled, "blocks are compiled for one tuned layer"
         assert self._graphed is None, "graphs are captured for one tuned layer"
+        self._watched = True
         self._frozen.begin_at(layer)
 
     @torch.no_grad()
@@ -330,6 +333,15 @@ class FastForward:
             hidden = None if hidden is None else hidden.repeat(1, copies, 1)
         return self._launch(Row(ids, positions, where, hidden, packing, copies))
 
+    def _last_block(self, row: Row) -> AbstractContextManager[None]:
+        """Within, the last block computes what is read of it."""
+        last = len(self._loaded.decoder) - 1
+        name, block = f"{self._loaded.decoder.prefix}.{last}.", self._loaded.decoder.blocks[last]
+        tuned = row.copies > 1 and any(n.startswith(name) for n in self._weights)
+        if tuned or self._watched:
+            return nullcontext()
+        return at_places(block, row.places, row.ids.shape[1])
+
     @torch.no_grad()
     def _launch(self, row: Row) -> torch.Tensor:
         """Logits [copies x U, V] of a packed row that holds all copies."""
@@ -343,9 +355,6 @@ class FastForward:
         apart: AbstractContextManager[None] = nullcontext()
         if row.copies > 1:
             apart = paired(model, self._weights, row.ids.shape[1] // row.copies, self._whole)
-        last = len(self._loaded.decoder) - 1
-        name, block = f"{self._loaded.decoder.prefix}.{last}.", self._loaded.decoder.blocks[last]
-        whole = row.copies > 1 and any(n.startswith(name) for n in self._weights)  # it is tuned
         pair = self.fp8 if row.copies == 2 else None
         compiled = {b: f for b, f in self._compiled.items() if not (pair and pair.runs(b))}
         try:
@@ -354,7 +363,7 @@ class FastForward:
                 self._frozen.skipped(row.hidden),
                 standing_in(compiled),
                 pair.running() if pair else nullcontext(),
-                nullcontext() if whole else at_places(block, row.places, row.ids.shape[1]),
+                self._last_block(row),
                 apart,
             ):
                 return model(input_ids=row.ids, position_ids=row.positions, use_cache=False).logits
