@@ -116,7 +116,7 @@ def test_graphs_of_an_fp8_suffix_change_nothing(demo: LoadedModel, examples: lis
 
 
 def test_graphs_of_float32_change_nothing(examples: list[Example]) -> None:
-    """Padded attention is captured as well as flash attention, and TF32 stays off."""
+    """They are captured like those of bfloat16, and TF32 stays off."""
     if not torch.cuda.is_available():
         pytest.skip("no GPU here")
     assert not torch.backends.cuda.matmul.allow_tf32
