@@ -8,6 +8,11 @@ from pages.parts.routes import PAGES
 
 ICON = str(Path(__file__).with_name("icon.svg"))
 _ROUTED = "routed_by_app"
+_PLACES = (
+    '<style>[data-retained="true"]:has(> .stButton, > .stDownloadButton) {display: none}</style>'
+)
+"""A button that another replaces is drawn beside it until the script has run, and pushes it aside:
+a click on the new one (Cancel, right after Resume) lands where it no longer is."""
 
 
 def navigation() -> st.Page:
@@ -44,6 +49,7 @@ def begin(title: str, introduction: str = "") -> None:
     if not st.session_state.get(_ROUTED):
         navigation()
         st.rerun()
+    st.html(_PLACES)
     st.title(title, anchor=False)
     if introduction:
         st.markdown(introduction)
