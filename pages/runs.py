@@ -7,7 +7,7 @@ from pages.parts import curve, history, run_view
 from pages.parts.frame import begin
 from pages.parts.links import button_link
 from pages.parts.routes import KIND_TITLES, PAGE_OF_KIND
-from pages.parts.words import clock, elapsed, plain
+from pages.parts.words import clock, duration, plain
 from zo_core import plots
 
 STATES = list(run_view.STATES)
@@ -52,7 +52,8 @@ def open_run(entry: history.Entry, key: str, primary: bool = False) -> None:
 
 
 def filtered(entries: list[history.Entry]) -> list[history.Entry]:
-    """The runs of the chosen kinds and states; nothing chosen means all."""
+    """The runs of the chosen kinds and states; nothing chosen means all but comparisons' cells."""
+    alone = history.by_hand(entries)
     with st.container(horizontal=True, key="run_filters"):
         kinds = st.pills(
             "Kind",
@@ -65,6 +66,11 @@ def filtered(entries: list[history.Entry]) -> list[history.Entry]:
         wanted = st.pills(
             "State", STATES, selection_mode="multi", key="filter_state", persist_state="session"
         )
+        cells = len(entries) - len(alone)
+        if cells and not st.toggle(
+            f"Runs of comparisons ({cells:,})", key="filter_cells", persist_state="session"
+        ):
+            entries = alone
     return [
         e
         for e in entries
@@ -72,8 +78,15 @@ def filtered(entries: list[history.Entry]) -> list[history.Entry]:
     ]
 
 
+def worked(entry: history.Entry) -> str:
+    """How long a run took."""
+    seconds = entry.run.seconds_of_work(entry.status)
+    return "" if seconds is None else duration(seconds)
+
+
 def listing(entries: list[history.Entry]) -> list[history.Entry]:
     """The table of runs; gives the selected ones."""
+    comparisons = history.comparison_of()
     rows = pd.DataFrame(
         [
             {
@@ -84,12 +97,15 @@ def listing(entries: list[history.Entry]) -> list[history.Entry]:
                 "Task": e.job.task if getattr(e.job, "text", "task") == "task" else e.job.text,
                 "Scope": e.scope,
                 "Started": clock(e.status.created),
-                "Time": elapsed(e.status.started, e.status.finished) if e.status.finished else "",
+                "Time": "" if e.status.live else worked(e),
                 "Run": e.run_id,
+                "Comparison": comparisons.get(e.run_id),
             }
             for e in entries
         ]
     )
+    if not rows["Comparison"].notna().any():
+        rows = rows.drop(columns="Comparison")
     # A selection is a row number: a list of other runs must not inherit it.
     key = f"runs_table_{hash(tuple(e.run_id for e in entries)) & 0xFFFFFF:x}"
     with st.container(key="runs_table"):

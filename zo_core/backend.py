@@ -114,6 +114,7 @@ def resume(run_id: str) -> Run:
             process=Process.current(),
             started=None,
             finished=None,
+            worked=run.seconds_of_work(status) or 0.0,
             error="",
             message="",
         )

@@ -88,6 +88,8 @@ class Status:
     created: float = 0.0
     started: float | None = None
     finished: float | None = None
+    worked: float = 0.0
+    """Seconds of work before the last start, of a run that was resumed."""
     device: str = ""
     process: Process | None = None
     """The engine while queued (None for a remote engine), the worker while running."""
@@ -196,6 +198,16 @@ class Run:
             with suppress(ValueError):  # a line torn by a crash or a full disk
                 records.append(json.loads(line))
         return records, offset + len(whole)
+
+    def seconds_of_work(self, status: Status) -> float | None:
+        """Without waiting, None before it starts; up to the last sign of life of a dead worker."""
+        if status.started is None:
+            return status.worked or None
+        end = status.finished or time.time()
+        if not status.live and not status.finished:
+            with suppress(OSError):
+                end = (self.path / "heartbeat").stat().st_mtime
+        return status.worked + max(0.0, end - status.started)
 
     def result(self, name: str) -> Path:
         """Path of a file under ``results/`` (it may not exist)."""

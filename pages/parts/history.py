@@ -3,11 +3,13 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pages.parts.choice import Choice
 from pages.parts.words import clock, shorten
 from zo_core import runs
+from zo_core.compare import store
 from zo_core.jobs import Job
 from zo_core.tasks.catalog import METRIC_NAMES, main_metric
 
@@ -134,6 +136,34 @@ def entries(kinds: tuple[str, ...] = KINDS) -> list[Entry]:
     return sorted(found, key=lambda entry: entry.status.created, reverse=True)
 
 
+_cells: dict[Path, tuple[int, frozenset[str]]] = {}
+
+
+def comparison_of() -> dict[str, str]:
+    """The comparison that each run is a cell of, by run id; lists of cells are read when they grow.
+
+    A comparison has up to hundreds of runs, which its own page shows: they are not what a person
+    looks for in a list of what was started by hand.
+    """
+    found = {}
+    for comparison in store.list_comparisons():
+        try:
+            size = (comparison.path / "cells.jsonl").stat().st_size
+        except OSError:
+            continue
+        known = _cells.get(comparison.path)
+        if known is None or known[0] != size:
+            known = _cells[comparison.path] = size, comparison.every_run()
+        found.update(dict.fromkeys(known[1], comparison.comparison_id))
+    return found
+
+
+def by_hand(listed: Iterable[Entry]) -> list[Entry]:
+    """The runs that are no cells of a comparison."""
+    cells = comparison_of()
+    return [entry for entry in listed if entry.run_id not in cells]
+
+
 def live() -> list[Entry]:
     """Running, then queued jobs of every kind, oldest first."""
     found = [entry for entry in reversed(entries(ALL_KINDS)) if entry.status.live]
@@ -165,11 +195,12 @@ def ahead(entry: Entry) -> int:
 def preferred(kind: str, choice: Choice) -> Entry | None:
     """The run of a model to show first: the newest that is live, done or got somewhere.
 
-    Failed runs, and those that ended before their first step, come last.
+    Failed runs, and those that ended before their first step, come last; cells of a comparison are
+    left to its own page.
     """
     of_choice = [
         e
-        for e in entries((kind,))
+        for e in by_hand(entries((kind,)))
         if (e.job.model, e.job.revision) == (choice.model, choice.revision)
     ]
     useful = (

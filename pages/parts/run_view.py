@@ -1,6 +1,5 @@
 """One run on a page: choosing it, its state and progress, cancel, resume, log."""
 
-import time
 from collections.abc import Callable
 
 import streamlit as st
@@ -8,7 +7,7 @@ import streamlit as st
 from pages.parts import history, launch
 from pages.parts.choice import Choice
 from pages.parts.routes import KIND_TITLES, PAGE_OF_KIND
-from pages.parts.words import clock, elapsed, plain
+from pages.parts.words import clock, duration, plain
 from zo_core import backend, runs
 
 STATES = {
@@ -29,7 +28,7 @@ def pick(kind: str, choice: Choice) -> history.Entry | None:
     Draws the list of runs of that kind, or the sentence that says why there is nothing to show.
     """
     wanted = st.query_params.get("run")
-    entries = history.entries((kind,))
+    entries = history.by_hand(history.entries((kind,)))
     if wanted:
         try:
             run = runs.get(wanted)
@@ -140,8 +139,8 @@ def progress(entry: history.Entry) -> None:
         text = status.message or "Running"
         if status.total and f"of {status.total}" not in text:
             text += f" · {status.step:,} of {status.total:,}"
-        if status.started:
-            text += f" · {elapsed(status.started, None)}"
+        if (worked := entry.run.seconds_of_work(status)) is not None:
+            text += f" · {duration(worked)}"
     done = status.step / status.total if status.total else 0.0
     st.progress(min(max(done, 0.0), 1.0), text=plain(text))
 
@@ -164,8 +163,8 @@ def _details(entry: history.Entry) -> None:
     status = entry.status
     st.markdown(f"Run `{entry.run_id}`")
     facts = [f"created {clock(status.created)}"]
-    if status.started:
-        facts.append(f"{elapsed(status.started, status.finished or _last_sign(entry))} of work")
+    if (worked := entry.run.seconds_of_work(status)) is not None:
+        facts.append(f"{duration(worked)} of work")
     if status.device:
         facts.append(f"on {status.device}")
     st.caption(" · ".join(facts))
@@ -173,11 +172,3 @@ def _details(entry: history.Entry) -> None:
     log = entry.run.log_text()
     if log:
         st.code(log[-4000:], language=None, height=240)
-
-
-def _last_sign(entry: history.Entry) -> float:
-    """When a run without an end was last seen alive."""
-    try:
-        return (entry.run.path / "heartbeat").stat().st_mtime
-    except OSError:
-        return time.time()

@@ -1,7 +1,6 @@
 """Layers, times, sizes and free text, worded the same on every page."""
 
 import re
-import time
 from datetime import UTC, datetime
 from zoneinfo import ZoneInfo
 
@@ -39,11 +38,6 @@ def duration(seconds: float) -> str:
         return f"{minutes} min {rest:02d} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min"
-
-
-def elapsed(started: float | None, finished: float | None) -> str:
-    """How long a run took or has been running; empty before it starts."""
-    return duration((finished or time.time()) - started) if started else ""
 
 
 def size(count: float) -> str:

@@ -10,7 +10,9 @@ import pytest
 
 from pages.parts.compare_live import cells_html
 from tests.unit.test_rooms import reached_from, run_python
+from zo_core import runs
 from zo_core.compare import store
+from zo_core.compare.cells import Cell
 from zo_core.compare.claims import CLAIMS
 from zo_core.compare.detach import start_driver
 from zo_core.compare.reader import Facts
@@ -21,6 +23,7 @@ from zo_core.compare.store import Comparison
 from zo_core.compare.tables import as_dict, write_tables
 from zo_core.errors import UserError
 from zo_core.export import parquet_bytes
+from zo_core.jobs import TuneJob
 from zo_core.reports.compare import comparison_report
 from zo_core.runs import Process, to_json
 from zo_core.settings import ROOT, settings
@@ -273,3 +276,32 @@ def test_importing_the_page_imports_no_statistics() -> None:
     assert "zo_core.compare.presets" in reached
     assert "scipy" not in reached
     assert "zo_core.compare.stats" not in reached
+
+
+def test_cells_are_left_to_the_comparison_s_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runs of a comparison, of an earlier try too, are listed where they are asked for only."""
+    monkeypatch.setattr(settings(), "cache_dir", tmp_path)
+    comparison = store.create(spec_of(1))
+    made = [runs.create(TuneJob(seed=seed), None) for seed in range(3)]
+    for run in made:
+        run.update(state="cancelled", step=5, total=10)
+    for run in made[1:]:  # the newest; the second fills the cell that the first did not
+        comparison.record(Cell("sst2", "layer", 1e-3, 0, 10), run.run_id)
+    code = """
+        from streamlit.testing.v1 import AppTest
+        app = AppTest.from_file("app.py", default_timeout=60).run()
+        app.switch_page("pages/runs.py").run()
+        print(list(app.dataframe[0].value["Run"]), "Comparison" in app.dataframe[0].value)
+        app.toggle(key="filter_cells").set_value(True).run()
+        print(sorted(app.dataframe[0].value["Run"]), list(app.dataframe[0].value["Comparison"]))
+        app.switch_page("pages/fine_tune.py").run()
+        print(app.query_params["run"])
+        assert not app.exception, app.exception
+    """
+    first, both, shown = run_python(code, tmp_path).strip().splitlines()
+    assert first == f"['{made[0].run_id}'] False"
+    assert both.startswith(str(sorted(run.run_id for run in made)))
+    assert both.count(comparison.comparison_id) == 2
+    assert made[0].run_id in shown

@@ -204,6 +204,20 @@ def test_a_pid_that_was_given_to_another_process_is_dead(run: Run) -> None:
     assert running(run, Process(me.host, me.pid, me.started - 60)).status().state == "interrupted"
 
 
+def test_work_of_a_resumed_run_counts_from_its_first_start(run: Run) -> None:
+    """Without the time between; of a worker that died, up to its last sign of life."""
+    assert run.seconds_of_work(run.status()) is None, "it waits"
+    run.update(state="cancelled", started=1000.0, finished=1060.0)
+    assert run.seconds_of_work(run.status()) == 60
+    run.update(state="queued", started=None, finished=None, worked=60.0)
+    assert run.seconds_of_work(run.status()) == 60
+    running(run, DEAD, heartbeat_age=0.0)
+    started = time.time() - 40
+    run.update(started=started)
+    os.utime(run.path / "heartbeat", (started + 30,) * 2)
+    assert run.seconds_of_work(run.status()) == pytest.approx(90, abs=0.01)
+
+
 @pytest.mark.parametrize("process", [ELSEWHERE, None])
 def test_stale_heartbeat_means_interrupted(run: Run, process: Process | None) -> None:
     limit = settings().heartbeat_timeout

@@ -65,13 +65,18 @@ class Comparison:
 
     def run_ids(self) -> dict[str, str]:
         """The run that fills each cell, by the cell's key."""
-        found: dict[str, str] = {}
+        return dict(self._filled())
+
+    def every_run(self) -> frozenset[str]:
+        """Ids of all runs that fill a cell or once did."""
+        return frozenset(run_id for _, run_id in self._filled())
+
+    def _filled(self) -> Iterator[tuple[str, str]]:
         with suppress(FileNotFoundError):
             for line in (self.path / "cells.jsonl").read_text().splitlines():
                 with suppress(ValueError, KeyError, TypeError):  # a line torn by a crash
                     record = json.loads(line)
-                    found[record["cell"]] = record["run_id"]
-        return found
+                    yield record["cell"], record["run_id"]
 
     def record(self, cell: Cell | ProfileCell, run_id: str) -> None:
         """Keep which run fills a cell."""
