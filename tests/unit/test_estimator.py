@@ -18,9 +18,9 @@ from zo_core.tasks.data import load_task
 from zo_core.tasks.templates import Example, encode
 from zo_core.zo import estimator
 from zo_core.zo.estimator import estimate, points
-from zo_core.zo.forward import ReferenceForward
 from zo_core.zo.inplace import InplaceScope
 from zo_core.zo.optimizers import ZoSgd
+from zo_core.zo.reference import ReferenceForward
 from zo_core.zo.scope import BASE, NO_DECAY, Draw, Point, TunedScope
 from zo_core.zo.scopes import select
 from zo_core.zo.trainer import make_scope

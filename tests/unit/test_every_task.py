@@ -20,7 +20,8 @@ from zo_core.tasks.catalog import TASKS
 from zo_core.tasks.evaluate import evaluate
 from zo_core.tasks.scoring import candidate_scores, task_loss
 from zo_core.tasks.templates import encode_rows
-from zo_core.zo.forward import FastForward, ReferenceForward
+from zo_core.zo.forward import FastForward
+from zo_core.zo.reference import ReferenceForward
 
 KEYS = {"squad": {"f1", "em"}, "drop": {"f1", "em"}, "multirc": {"accuracy", "f1a"}}
 

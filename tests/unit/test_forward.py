@@ -6,27 +6,33 @@ from shutil import which
 
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BloomConfig,
+    DiffLlamaConfig,
     Gemma2Config,
+    Glm4MoeConfig,
     MistralConfig,
     Qwen3MoeConfig,
 )
 
 from tests.unit import families
+from tests.unit.planted import in_memory
 from zo_core.jobs import ModelFields
 from zo_core.models.load import LoadedModel, load
 from zo_core.tasks.scoring import candidate_scores, task_loss
 from zo_core.tasks.templates import Candidate, Example
 from zo_core.zo import attention
-from zo_core.zo.forward import FastForward, ReferenceForward
+from zo_core.zo.forward import FastForward
 from zo_core.zo.graphs import GraphedForward, Row, StaticPacking
+from zo_core.zo.last_block import _queries_at
 from zo_core.zo.packing import Packing, pack
 from zo_core.zo.path import choose_forward
+from zo_core.zo.reference import ReferenceForward
 from zo_core.zo.scope import Draw, Point, TunedScope, scope_parameters
 
 DRAW = Draw("gaussian", seed=3, step=5)
@@ -38,12 +44,23 @@ WINDOWED: dict[str, AutoConfig] = {
         **families._SIZES, **families._GROUPED, query_pre_attn_scalar=8, sliding_window=4
     ),
     "qwen3_moe": Qwen3MoeConfig(**families._SIZES, **families._GROUPED, **MOE),
+    # Its router gives [T, experts] for [1, T, H].
+    "glm4_moe": Glm4MoeConfig(
+        **families._SIZES,
+        **families._GROUPED,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        first_k_dense_replace=1,
+    ),
+    # Its blocks call attention twice.
+    "diffllama": DiffLlamaConfig(**families._SIZES, num_key_value_heads=2),
 }
 
 
-@pytest.fixture(scope="module", params=[*families.CONFIGS, "mistral*", "gemma2*", "qwen3_moe*"])
+@pytest.fixture(scope="module", params=[*families.CONFIGS, *(f"{name}*" for name in WINDOWED)])
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    """A tiny random model of a family; with a star, one with a window of 4 tokens, or experts."""
+    """A tiny random model of a family; with a star, one with something particular."""
     name: str = request.param
     folder: Path = tmp_path_factory.mktemp(name.strip("*"))
     if name.endswith("*"):
@@ -164,7 +181,8 @@ def test_the_last_block_computes_what_is_read(tiny: LoadedModel) -> None:
     block, seen = tiny.decoder.blocks[-1], []
     linears = [m for m in block.modules() if list(m.parameters(recurse=False))]
     handles = [
-        m.register_forward_pre_hook(lambda _m, args: seen.append(args[0].shape)) for m in linears
+        m.register_forward_pre_hook(lambda _m, args: seen.extend(a.shape for a in args[:1]))
+        for m in linears
     ]
     fast = FastForward(tiny, 2)
     prepared = fast.prepare(SEVERAL)
@@ -173,11 +191,84 @@ def test_the_last_block_computes_what_is_read(tiny: LoadedModel) -> None:
     finally:
         for handle in handles:
             handle.remove()
-    places = len(prepared.scored.position)
-    assert places < prepared.input_ids.shape[1]
+    places, tokens = len(prepared.scored.position), prepared.input_ids.shape[1]
+    assert places < tokens
     assert wanted.shape[0] == places
-    whole = [shape for shape in seen if prepared.input_ids.shape[1] in shape[:2]]
+    if "DiffLlama" in type(tiny.model).__name__:
+        assert tokens in seen[-1][:2], "attention is called twice, so all is computed"
+        return
+    whole = [shape for shape in seen if tokens in shape[:2]]
     assert 0 < len(whole) < len(seen) / 2
+
+
+def test_places_that_follow_each_other_are_one_segment() -> None:
+    """So the keys of a long answer are gathered once, not once for each of its tokens."""
+    rows = [[(1, 2, 3, 4, 5, 6), (1, 2, 3, 7, 8)], [(9, 8, 7)]]
+    *_, packing, _ = pack(rows, torch.device("cpu"))
+    assert packing.query_lengths == (6, 2, 3)
+    found = _queries_at(packing, torch.tensor([2, 3, 4, 2, 6, 7, 10, 10]))
+    assert isinstance(found, Packing)
+    assert found.query_lengths == (3, 1, 2, 1, 1)
+    assert [list(keys) for keys in found.keys] == [
+        [0, 1, 2, 3, 4],
+        [0, 1, 2],
+        [0, 1, 2, 6, 7],
+        [8, 9, 10],
+        [8, 9, 10],
+    ]
+
+
+def test_keys_that_later_blocks_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 4 hands them on in a dictionary: its tuned blocks run by module, or not at all."""
+    if not hasattr(transformers, "Gemma4TextConfig"):
+        pytest.skip("this transformers has no Gemma 4")
+    config = transformers.Gemma4TextConfig(
+        **(families._SIZES | families._GROUPED),
+        global_head_dim=8,
+        sliding_window=64,
+        num_kv_shared_layers=3,
+        vocab_size_per_layer_input=families.VOCABULARY,
+        hidden_size_per_layer_input=8,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    )
+    torch.manual_seed(0)
+    model = in_memory(AutoModelForCausalLM.from_config(config).eval())
+    monkeypatch.setattr(torch, "compile", lambda run, **_options: run)
+    monkeypatch.setattr("zo_core.zo.forward.PAIRED_SHARE", 1.0)  # its embeddings are nearly all
+    reference = ReferenceForward(model)
+    oracle = reference.prepare(SEVERAL)
+    for layer in (0, 1):  # plain, and one that later blocks take keys from
+        scope = TunedScope(scope_parameters(model, layer))
+        fast = FastForward(model, layer, compiled=True, tuned=scope.parameters)
+        prepared = fast.prepare(SEVERAL)
+        assert fast.pairs(scope)
+        try:
+            pair = fast.logits_at(prepared, scope, POINTS)
+            for got, wanted in zip(pair, reference.logits_at(oracle, scope, POINTS), strict=True):
+                losses = [task_loss(got, prepared.scored), task_loss(wanted, oracle.scored)]
+                torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+        finally:
+            scope.close()
+    forward, reason = choose_forward(model, "auto", 4, SEVERAL)
+    assert forward.name == "reference", "skipped blocks have made no keys"
+    assert "cannot run this family" in reason
+
+
+def test_spare_places_are_of_their_own_copy() -> None:
+    """An fp8 suffix takes mean and difference of a place in the two copies."""
+    ids, positions, packing, _ = pack([[(1, 2, 3)]], torch.device("cpu"))
+    seen = []
+
+    def run(row: Row) -> torch.Tensor:
+        seen.append(row.places.view(2, -1) // (row.ids.shape[1] // 2))
+        return torch.zeros(len(row.places), 1)
+
+    graphed = GraphedForward(run, torch.device("cpu"), 4, torch.float32)
+    graphed.capture = False
+    graphed(ids, positions, torch.tensor([2]), None, packing, copies=2)
+    assert seen[0].shape[1] > 1, "no place is spare: no test"
+    assert seen[0][0].eq(0).all()
+    assert seen[0][1].eq(1).all()
 
 
 def test_a_full_bucket_reads_its_own_tokens_only() -> None:

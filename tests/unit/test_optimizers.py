@@ -22,9 +22,9 @@ from zo_core.tasks.templates import encode
 from zo_core.zo import estimator, first_order
 from zo_core.zo.checkpoint import restore_run, save_checkpoint
 from zo_core.zo.first_order import AdamW, gradients_of
-from zo_core.zo.forward import ReferenceForward
 from zo_core.zo.inplace import InplaceScope
 from zo_core.zo.optimizers import OPTIMIZERS, AdaMM, Momentum, Sign
+from zo_core.zo.reference import ReferenceForward
 from zo_core.zo.schedule import learning_rate
 from zo_core.zo.scope import Draw, Point, TunedScope
 from zo_core.zo.scopes import select

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,12 @@ from zo_core.jobs import ModelFields
 from zo_core.models.load import LoadedModel, load
 from zo_core.tasks.data import load_task
 from zo_core.tasks.templates import Candidate, Example, encode
-from zo_core.zo.forward import FastForward, Prepared
+from zo_core.zo import forward as forward_module
+from zo_core.zo.forward import FastForward
 from zo_core.zo.path import choose_forward
+from zo_core.zo.reference import Prepared
 from zo_core.zo.rounding import _log_probabilities, distance, in_float32
+from zo_core.zo.scope import scope_parameters
 
 MARGIN = 0.75
 """Of the bound: what legal roundings may use of it."""
@@ -112,6 +116,25 @@ def test_a_wrong_path_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zo_core.zo.path.FastForward", Displaced)
     rows = [_example([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]) for _ in range(2)]
     forward, reason = choose_forward(demo, "auto", 3, rows)
+    assert forward.name == "reference"
+    assert "disagrees" in reason
+
+
+def test_a_path_that_mixes_the_points_of_a_pair_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A single pass would not show it: each point is run beside one that is far away."""
+    demo = load(ModelFields(device="cpu", dtype="float32"))
+    rows = [_example([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]) for _ in range(2)]
+    tuned = list(scope_parameters(demo, 3))
+    assert choose_forward(demo, "auto", 3, rows, tuned=tuned)[0].name == "fast"
+    right = forward_module.paired
+
+    def wrong(model: Any, weights: Any, *rest: Any) -> Any:
+        return right(model, {n: (w[0], w[0]) for n, w in weights.items()}, *rest)
+
+    monkeypatch.setattr(forward_module, "paired", wrong)
+    forward, reason = choose_forward(demo, "auto", 3, rows, tuned=tuned)
     assert forward.name == "reference"
     assert "disagrees" in reason
 

@@ -31,9 +31,9 @@ from zo_core.runs import Process
 from zo_core.settings import settings as zo_settings
 from zo_core.tasks.scoring import task_loss
 from zo_core.tasks.templates import Candidate, Example
-from zo_core.zo.forward import ReferenceForward
 from zo_core.zo.layerwise import LayerwiseBatch
 from zo_core.zo.noise import perturbation
+from zo_core.zo.reference import ReferenceForward
 from zo_core.zo.scope import scope_parameters
 
 SETTINGS = ProbeSettings(draws=2, eps=1e-2, noise="gaussian", seed=7)

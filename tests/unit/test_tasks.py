@@ -16,7 +16,8 @@ from zo_core.tasks.catalog import TASKS
 from zo_core.tasks.data import load_task
 from zo_core.tasks.scoring import candidate_scores, task_loss
 from zo_core.tasks.templates import Example, encode
-from zo_core.zo.forward import FastForward, ReferenceForward
+from zo_core.zo.forward import FastForward
+from zo_core.zo.reference import ReferenceForward
 
 REVIEWS = TASKS["reviews"]
 CONTEXT = 512

@@ -11,8 +11,9 @@ from zo_core.models.load import LoadedModel, load
 from zo_core.tasks.scoring import candidate_scores, task_loss
 from zo_core.tasks.templates import Example
 from zo_core.zo.estimator import estimate
-from zo_core.zo.forward import FastForward, ReferenceForward
+from zo_core.zo.forward import FastForward
 from zo_core.zo.optimizers import ZoSgd
+from zo_core.zo.reference import ReferenceForward
 from zo_core.zo.scope import Draw, Point, TunedScope, scope_parameters
 from zo_core.zo.trainer import (
     LossNotFiniteError,

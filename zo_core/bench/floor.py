@@ -1,4 +1,4 @@
-"""The floor of a step: the matrix products of the blocks that have to run, and nothing else."""
+"""The floor of a step: the matrix products of the blocks that run, and nothing else."""
 
 from collections.abc import Iterable
 

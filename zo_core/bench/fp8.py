@@ -23,8 +23,9 @@ from zo_core.models import resident
 from zo_core.tasks.data import load_job_task
 from zo_core.tasks.templates import encode_rows
 from zo_core.zo.estimator import estimate
-from zo_core.zo.forward import FastForward, Forward, ReferenceForward
+from zo_core.zo.forward import FastForward
 from zo_core.zo.fp8 import rounded
+from zo_core.zo.reference import Forward, ReferenceForward
 from zo_core.zo.rounding import in_float32
 from zo_core.zo.scope import Draw, TunedScope, scope_parameters
 

@@ -6,8 +6,9 @@ The arms take turns on the same batches, so that a change of the machine's clock
 Times are of whole steps, perturbation, update and host work included: the clock runs from one
 synchronisation with the device to the next. Ours is the training loop itself, ledger included: its
 time is that of a round of batches, divided. Beside it stands the floor: the matrix products of the
-blocks that have to run, for the tokens that have to run, and nothing else. It takes its turn, as
-many times in a row as our steps: at its power limit a GPU is slower than in its first milliseconds.
+blocks from the tuned one up for all tokens, of which ours leaves out most of the last block's. It
+takes its turn, as many times in a row as our steps: at its power limit a GPU is slower than in its
+first milliseconds.
 """
 
 import gc
@@ -211,12 +212,13 @@ class _TaskBench:
         tokens = statistics.fmean(
             pack([e.rows for e in batch], torch.device("cpu"))[2].tokens for batch in self._batches
         )
-        floor = ProductFloor(loaded.decoder.blocks[self._layer :], round(2 * tokens))
         scope = TunedScope(scope_parameters(loaded, self._layer))
         error = None
         try:
             fast, path = self._path(scope, "model")
             peaks["ours"] = self._warm_up(fast, scope)
+            floor = ProductFloor(loaded.decoder.blocks[self._layer :], round(2 * tokens))
+            flops = floor.flops
             times: dict[str, list[float]] = {name: [] for name in (*peaks, "floor")}
             for number in range(rounds):
                 for name, arm in arms.items():
@@ -225,17 +227,18 @@ class _TaskBench:
                 times["floor"].append(self._products(floor))
             phases = {name: self._published_phases(arm) for name, arm in arms.items()}
             phases["ours"] = our_phases(loaded, fast, scope, self._batches[0], self._layer, EPS)
-            del fast  # with its graphs: the next arm's memory is its own
+            del fast, floor  # with their tensors: the next arm's memory is its own
             gc.collect()
-            with suppress(UserError):  # there need be no such arm
+            with suppress(UserError, torch.OutOfMemoryError):  # there need be no such arm
                 if not fp8:
                     raise UserError("suffix: fp8 is not asked for.")
                 fast, _ = self._path(scope, "fp8")
                 draws = [Draw("gaussian", 0, step) for step in range(1, FP8_DRAWS + 1)]
                 error = fp8_error(loaded, fast, scope, self._rows[:4], draws, EPS)
                 peaks["fp8"] = self._warm_up(fast, scope)
-                times["fp8"] = [self._ours(fast, scope, len(self._batches)) for _ in range(rounds)]
+                eight = [self._ours(fast, scope, len(self._batches)) for _ in range(rounds)]
                 phases["fp8"] = our_phases(loaded, fast, scope, self._batches[0], self._layer, EPS)
+                times["fp8"] = eight
         finally:
             scope.close()
         padded = [arms["mezo"].prepare(b).input_ids.numel() for b in self._batches]
@@ -260,7 +263,7 @@ class _TaskBench:
             fp8_error=error,
             path=path,
             floor=statistics.median(times["floor"]),
-            flops=floor.flops,
+            flops=flops,
         )
 
     def _path(self, scope: TunedScope, suffix: str) -> tuple[FastForward, str]:

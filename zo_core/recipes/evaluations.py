@@ -29,9 +29,9 @@ from zo_core.tasks.evaluate import METRICS, evaluate
 from zo_core.tasks.templates import Example
 from zo_core.zo.checkpoint import BEST, read_checkpoint, rebuild, save_best, step_of
 from zo_core.zo.first_order import AdamW
-from zo_core.zo.forward import Forward
 from zo_core.zo.optimizers import ZoSgd
 from zo_core.zo.out_of_memory import MemoryLadder
+from zo_core.zo.reference import Forward
 from zo_core.zo.scope import TunedScope
 from zo_core.zo.trainer import make_optimizer
 

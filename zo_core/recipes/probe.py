@@ -21,9 +21,10 @@ from zo_core.provenance import provenance
 from zo_core.runs import Run, to_json
 from zo_core.tasks.data import TaskData, load_job_task
 from zo_core.tasks.templates import Example, encode_rows
-from zo_core.zo.forward import FastForward, ReferenceForward
+from zo_core.zo.forward import FastForward
 from zo_core.zo.layerwise import LayerwiseBatch
 from zo_core.zo.path import choose_forward
+from zo_core.zo.reference import ReferenceForward
 from zo_core.zo.scope import check_layer
 from zo_core.zo.trainer import batch_indices
 

@@ -19,9 +19,10 @@ from zo_core.tasks.templates import Example, encode_rows
 from zo_core.trackers import Trackers
 from zo_core.zo.checkpoint import restore_run, save_checkpoint
 from zo_core.zo.fingerprint import base_weights, digest
-from zo_core.zo.forward import CHUNK, FastForward, Forward
+from zo_core.zo.forward import CHUNK, FastForward
 from zo_core.zo.out_of_memory import MemoryLadder
 from zo_core.zo.path import check_fp8, choose_forward, fp8_reason, reference_forward
+from zo_core.zo.reference import Forward
 from zo_core.zo.scope import TunedScope
 from zo_core.zo.scopes import Selection, select
 from zo_core.zo.trainer import LossNotFiniteError, Progress, make_optimizer, make_scope, train

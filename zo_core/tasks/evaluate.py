@@ -12,7 +12,7 @@ from zo_core.tasks.scoring import batches, candidate_scores, example_losses
 from zo_core.tasks.templates import NEW_TOKENS, Example
 
 if TYPE_CHECKING:
-    from zo_core.zo.forward import Forward
+    from zo_core.zo.reference import Forward
 
 METRICS = ("accuracy", "f1", "em", "f1a", "loss", "examples")
 """What an evaluation may find, in this order; it always has the last two."""

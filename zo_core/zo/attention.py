@@ -51,8 +51,8 @@ _dtype: torch.dtype | None = None
 _until_keys = False
 """Whether attention is where the pass ends."""
 
-_kept: tuple[torch.Tensor, torch.Tensor] | None = None
-"""Keys and values that stand in for the pass's own."""
+_kept: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+"""Keys and values that stand in for the pass's own, until they are taken."""
 
 
 class KeysReached(Exception):  # noqa: N818 - a signal, not an error
@@ -61,6 +61,10 @@ class KeysReached(Exception):  # noqa: N818 - a signal, not an error
     def __init__(self, key: torch.Tensor, value: torch.Tensor) -> None:  # noqa: D107
         super().__init__()
         self.key, self.value = key, value
+
+
+class AttentionAgainError(Exception):
+    """A block asks for attention a second time, and the keys that stand in are of the first."""
 
 
 def current() -> Borders:
@@ -113,9 +117,13 @@ def until_keys() -> Iterator[None]:
 
 @contextmanager
 def against(key: torch.Tensor, value: torch.Tensor) -> Iterator[None]:
-    """Within, queries meet these, whatever keys and values come with them."""
+    """Within, queries meet these, whatever keys and values come with them; once.
+
+    Raises:
+        AttentionAgainError: there are queries a second time.
+    """
     global _kept
-    _kept = key, value
+    _kept = [(key, value)]
     try:
         yield
     finally:
@@ -174,7 +182,9 @@ def _attend(
     if _until_keys:
         raise KeysReached(key, value)
     if _kept is not None:
-        key, value = _kept
+        if not _kept:
+            raise AttentionAgainError
+        key, value = _kept.pop()
     packing = current()
     if query.is_cuda:
         from zo_core.zo.kernels.attention import attend

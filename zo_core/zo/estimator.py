@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from zo_core.tasks.scoring import task_loss
-from zo_core.zo.forward import Forward, Prepared
+from zo_core.zo.reference import Forward, Prepared
 from zo_core.zo.scope import BASE, Draw, Point, TunedScope
 
 

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from zo_core.models.load import LoadedModel
 from zo_core.tasks.scoring import task_loss
-from zo_core.zo.forward import Forward, Prepared
 from zo_core.zo.optimizers import TINY, WithMoments
+from zo_core.zo.reference import Forward, Prepared
 from zo_core.zo.scope import Terms, TunedScope
 
 

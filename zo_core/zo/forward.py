@@ -1,140 +1,35 @@
-"""From examples to logits: the reference path and the fast path, equal to rounding.
+"""The fast path from examples to logits: only the work that the result depends on.
 
-Both run the model's own modules; neither re-implements an architecture.
-
-* :class:`ReferenceForward` is what the papers do: one row for every candidate, left padding, the
-  whole model, logits at every position.
-* :class:`FastForward` does only the work that the result depends on. Layers below the lowest tuned
-  one are frozen, so their output is computed once per example and cached; token rows are packed
-  without padding, and the candidates of a prompt share its computation; the points
-  ``theta + eps z`` and ``theta - eps z`` differ in the tuned layer only and run above it as one
-  batch; logits, and the last block above its keys, are computed at the scored places only.
+Equal to the reference path (:mod:`zo_core.zo.reference`) to rounding, through the model's own
+modules. Layers below the lowest tuned one are frozen, so their output is computed once per example
+and cached; token rows are packed without padding, and the candidates of a prompt share its
+computation; the points ``theta + eps z`` and ``theta - eps z`` differ in the tuned layer only and
+run above it as one batch; logits, and the last block above its keys, are computed at the scored
+places only.
 """
 
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from zo_core.models.load import LoadedModel
 from zo_core.models.memory import PAIRED_SHARE
-from zo_core.tasks.scoring import Scored, layout
+from zo_core.tasks.scoring import layout
 from zo_core.tasks.templates import Example
 from zo_core.zo.attention import packed
 from zo_core.zo.fp8 import PairsInFp8, standing_in
 from zo_core.zo.frozen import CHUNK, FrozenLayers
 from zo_core.zo.graphs import GraphedForward, Row
 from zo_core.zo.last_block import at_places
-from zo_core.zo.packing import Packing, pack
-from zo_core.zo.paired import NotTokenwiseError, paired
-from zo_core.zo.points import Owed, move_to, write_points
+from zo_core.zo.packing import pack
+from zo_core.zo.paired import NotTokenwiseError, NotWholeError, paired
+from zo_core.zo.points import Owed, write_points
+from zo_core.zo.reference import Prepared, one_by_one
 from zo_core.zo.scope import Point, TunedScope
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A batch ready to be run any number of times."""
-
-    input_ids: torch.Tensor
-    """int64 [R, T]; R is 1 when packed."""
-    mask: torch.Tensor | None
-    """int64 [R, T], 1 at real tokens; None when packed."""
-    scored: Scored
-    positions: torch.Tensor
-    """int64 [R, T]: places of the tokens in their sequences."""
-    packing: Packing | None = None
-    hidden: torch.Tensor | None = None
-    """Input of the lowest tuned layer, [1, T, H]; None if no layer is frozen below."""
-
-
-class Forward(Protocol):
-    """A way to get logits."""
-
-    name: str
-
-    def prepare(self, examples: Sequence[Example]) -> Prepared:
-        """Lay a batch out."""
-
-    def logits(self, prepared: Prepared) -> torch.Tensor:
-        """Logits [U, V] at the batch's scored places, with the weights as they are now."""
-
-    def logits_at(
-        self, prepared: Prepared, scope: TunedScope, points: Sequence[Point]
-    ) -> list[torch.Tensor]:
-        """Logits [U, V] at every point; the working weights are left in an unspecified state."""
-
-    def give_up(self) -> str | None:
-        """Free device memory for good without changing a bit of what is computed.
-
-        Returns:
-            What was given up, in words; None if there is nothing left.
-        """
-
-    def limit(self, examples: int, rows: Sequence[Example]) -> None:
-        """Hear that no forward pass over a data set will hold more examples than this."""
-
-
-def _one_by_one(
-    forward: Forward, prepared: Prepared, scope: TunedScope, points: Sequence[Point]
-) -> list[torch.Tensor]:
-    """Logits at every point, one forward pass each."""
-    found = []
-    for point in points:
-        move_to(scope, point)
-        found.append(forward.logits(prepared))
-    return found
-
-
-class ReferenceForward:
-    """Plain Hugging Face forward, batch x candidates rows, left padding, full logits."""
-
-    name = "reference"
-
-    def __init__(self, loaded: LoadedModel) -> None:
-        """Wrap a loaded model."""
-        self._loaded = loaded
-
-    def prepare(self, examples: Sequence[Example]) -> Prepared:
-        """Lay a batch out: one left-padded row for every candidate."""
-        width = max(len(c.tokens) for e in examples for c in e.candidates)
-        rows, scored = layout(
-            examples,
-            rows_of=lambda e: [c.tokens for c in e.candidates],
-            place_of=lambda row, at: width - len(row) + at,
-            device=self._loaded.device,
-        )
-        pads = [width - len(r) for r in rows]
-        ids = torch.tensor([[0] * p + list(r) for p, r in zip(pads, rows, strict=True)])
-        mask = torch.tensor([[0] * p + [1] * len(r) for p, r in zip(pads, rows, strict=True)])
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        device = self._loaded.device
-        return Prepared(ids.to(device), mask.to(device), scored, positions.to(device))
-
-    def logits(self, prepared: Prepared) -> torch.Tensor:
-        """Logits [U, V] at the scored places, with gradients where a weight requires them."""
-        output = self._loaded.model(
-            input_ids=prepared.input_ids,
-            attention_mask=prepared.mask,
-            position_ids=prepared.positions,
-            use_cache=False,
-        )
-        return output.logits[prepared.scored.row, prepared.scored.position]
-
-    def logits_at(
-        self, prepared: Prepared, scope: TunedScope, points: Sequence[Point]
-    ) -> list[torch.Tensor]:
-        """Logits [U, V] at every point, one forward pass each."""
-        return _one_by_one(self, prepared, scope, points)
-
-    def give_up(self) -> str | None:
-        """Nothing is held between two passes."""
-        return None
-
-    def limit(self, examples: int, rows: Sequence[Example]) -> None:
-        """A pass holds what it is given."""
 
 
 class FastForward:
@@ -200,6 +95,7 @@ class FastForward:
         self._weights: dict[str, list[torch.Tensor]] = {}
         """Weights of the tuned parameters at the points in progress; their addresses stay."""
         self._frozen = FrozenLayers(loaded, layer, budget, chunk)
+        self._tuned = frozenset(tuned)
         self._tokenwise = True
         self._watched = False
 
@@ -282,7 +178,9 @@ class FastForward:
 
     def pairs(self, scope: TunedScope) -> bool:
         """Whether the points of a scope run side by side, without touching its own weights."""
-        held = sum(p.numel() for p in scope.parameters.values())
+        return self._few(sum(p.numel() for p in scope.parameters.values()))
+
+    def _few(self, held: int) -> bool:
         return self._tokenwise and held <= PAIRED_SHARE * self._loaded.info.parameters
 
     @torch.no_grad()
@@ -302,13 +200,51 @@ class FastForward:
             owed: see :func:`~zo_core.zo.points.write_points`; only where :meth:`pairs` is true.
         """
         if len(points) < 2 or not self.pairs(scope):
-            return _one_by_one(self, prepared, scope, points)
+            return one_by_one(self, prepared, scope, points)
         self._place_weights(scope, points, owed)
+        found = self._side_by_side(prepared, len(points))
+        return one_by_one(self, prepared, scope, points) if found is None else found
+
+    def _side_by_side(self, prepared: Prepared, copies: int) -> list[torch.Tensor] | None:
+        """Logits with the weights of each point; None if tokens do not go through one by one."""
         try:
-            return list(self._run(prepared, len(points)).chunk(len(points)))
+            return list(self._run(prepared, copies).chunk(copies))
+        except NotWholeError:
+            if self._whole:
+                self._whole = {}
+                return self._side_by_side(prepared, copies)
         except NotTokenwiseError:
-            self._tokenwise = False
-            return _one_by_one(self, prepared, scope, points)
+            pass
+        self._tokenwise = False
+        return None
+
+    @torch.no_grad()
+    def beside(self, prepared: Prepared) -> list[torch.Tensor]:
+        """Logits of the weights as they are, as the first and as the second of a pair.
+
+        The other point of the pair is far away, so whatever of it gets mixed in shows. Without
+        graphs and fp8; empty where points do not run side by side.
+        """
+        own = {n: p for n, p in self._loaded.model.named_parameters() if n in self._tuned}
+        if not own or not self._few(sum(p.numel() for p in own.values())):
+            return []
+        other = {n: 0.5 * p + 0.01 for n, p in own.items()}
+        graphs, (eight, self.fp8) = self.use_graphs(False), (self.fp8, None)
+        found = []
+        try:
+            for place in (0, 1):
+                self._weights = {
+                    n: [p, other[n]] if place == 0 else [other[n], p] for n, p in own.items()
+                }
+                pair = self._side_by_side(prepared, 2)
+                if pair is None:
+                    return []
+                found.append(pair[place])
+        finally:
+            self._weights = {}
+            self.fp8 = eight
+            self.use_graphs(graphs)
+        return found
 
     def _place_weights(self, scope: TunedScope, points: Sequence[Point], owed: Owed | None) -> None:
         if {n: len(w) for n, w in self._weights.items()} != dict.fromkeys(

@@ -12,8 +12,9 @@ import torch
 
 from zo_core.jobs import TuneJob
 from zo_core.tasks.scoring import task_loss
-from zo_core.zo.forward import FastForward, Prepared
+from zo_core.zo.forward import FastForward
 from zo_core.zo.points import Owed, fusible, step_along
+from zo_core.zo.reference import Prepared
 from zo_core.zo.scope import Draw, Point, TunedScope
 
 

@@ -226,7 +226,10 @@ class GraphedForward:
         row = Row(
             ids=ints(1, copies * bucket.tokens),
             positions=ints(1, copies * bucket.tokens),
-            places=ints(copies * bucket.places),
+            # Of each copy its first token, so that spare places are pairs, too.
+            places=(torch.arange(copies, device=self._device) * bucket.tokens).repeat_interleave(
+                bucket.places
+            ),
             hidden=self._hidden(copies * bucket.tokens) if bucket.cached else None,
             packing=packing,
             copies=copies,

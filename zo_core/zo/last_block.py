@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from zo_core.zo import attention
-from zo_core.zo.attention import Borders, KeysReached
+from zo_core.zo.attention import AttentionAgainError, Borders, KeysReached
 from zo_core.zo.packing import Packing
 from zo_core.zo.paired import NotTokenwiseError, token_axis
 
@@ -27,7 +27,7 @@ def at_places(block: nn.Module, places: torch.Tensor, tokens: int) -> Iterator[N
     """Within, a block computes what it gives at some places; elsewhere it gives 0.
 
     Args:
-        block: a block with one attention over the packing in progress.
+        block: the block. One whose attention is not reached, or more than once, gives everything.
         places: int64 [U], in the packed row; any may come twice.
         tokens: of the packed row.
     """
@@ -49,8 +49,11 @@ def at_places(block: nn.Module, places: torch.Tensor, tokens: int) -> Iterator[N
         except KeysReached as reached:
             kept = reached.key, reached.value
         queries = _queries_at(attention.current(), places)
-        with attention.over(queries), attention.against(*kept):
-            found = forward(*map(pick, args), **{n: pick(v) for n, v in kwargs.items()})
+        try:
+            with attention.over(queries), attention.against(*kept):
+                found = forward(*map(pick, args), **{n: pick(v) for n, v in kwargs.items()})
+        except AttentionAgainError:
+            return forward(*args, **kwargs)
         if isinstance(found, tuple):
             return (_spread(found[0], places, tokens), *found[1:])
         return _spread(found, places, tokens)
@@ -66,8 +69,9 @@ def at_places(block: nn.Module, places: torch.Tensor, tokens: int) -> Iterator[N
 
 
 def _spread(rows: torch.Tensor, places: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Rows [1, U, H] at their places of [1, T, H]."""
-    return rows.new_zeros(1, tokens, rows.shape[-1]).index_copy_(1, places, rows)
+    """Rows [..., U, H] at their places of [..., T, H]."""
+    whole = rows.new_zeros(*rows.shape[:-2], tokens, rows.shape[-1])
+    return whole.index_copy_(-2, places, rows)
 
 
 @dataclass(slots=True)
@@ -85,13 +89,7 @@ class _Queries:
 def _queries_at(borders: Borders, places: torch.Tensor) -> Borders:
     """The queries at some places of a packed row, with the keys that each sees."""
     if isinstance(borders, Packing) and not places.is_cuda:
-        starts = list(accumulate(borders.query_lengths, initial=0))
-        seen = []
-        for place in places.tolist():
-            segment = bisect_right(starts, place) - 1
-            keys = borders.keys[segment]
-            seen.append(keys[: len(keys) - (starts[segment + 1] - place) + 1])
-        return Packing(places.device, (1,) * len(seen), tuple(seen))
+        return _runs_of(borders, places.tolist())
     ends = borders.query_borders[1:]
     whose = torch.searchsorted(ends, places.to(torch.int32), right=True)
     behind = ends[whose] - 1 - places.to(torch.int32)
@@ -102,3 +100,22 @@ def _queries_at(borders: Borders, places: torch.Tensor) -> Borders:
         key_ends=borders.key_ends[whose] - behind,
         key_index=borders.key_index if borders.shared else borders.key_starts,
     )
+
+
+def _runs_of(packing: Packing, places: list[int]) -> Packing:
+    """The same where keys are gathered: places that follow each other are one segment."""
+    starts = list(accumulate(packing.query_lengths, initial=0))
+    lengths: list[int] = []
+    keys: list[range | tuple[int, ...]] = []
+    before = None
+    for place in places:
+        segment = bisect_right(starts, place) - 1
+        if before == (segment, place - 1):
+            lengths[-1] += 1
+        else:
+            lengths.append(1)
+            keys.append(())
+        seen = packing.keys[segment]
+        keys[-1] = seen[: len(seen) - (starts[segment + 1] - place) + 1]
+        before = segment, place
+    return Packing(packing.device, tuple(lengths), tuple(keys))

@@ -21,8 +21,9 @@ from zo_core.models.decoder import hidden_of
 from zo_core.models.load import LoadedModel
 from zo_core.tasks.scoring import task_loss
 from zo_core.tasks.templates import Example
-from zo_core.zo.forward import FastForward, Forward, Prepared, ReferenceForward
+from zo_core.zo.forward import FastForward
 from zo_core.zo.packing import common_start
+from zo_core.zo.reference import Forward, Prepared, ReferenceForward
 from zo_core.zo.scope import Point, TunedScope
 
 

@@ -1,8 +1,8 @@
 """Out of memory: what a run gives up, one rung at a time, until its step fits again.
 
 First what costs time only and changes no bit: the prefix cache is emptied, then it lives in host
-memory, then there are no CUDA graphs (:meth:`~zo_core.zo.forward.Forward.give_up`). Then the batch
-is split: half as many examples a forward pass, down to one. The loss stays the mean over the rows
+memory, then there are no CUDA graphs (:meth:`~zo_core.zo.reference.Forward.give_up`). Then the
+batch is split: half as many examples a forward pass, down to one. The loss stays the mean over rows
 of the whole batch, so loss and projected gradient are the same to rounding. Each rung frees memory
 for good; a run never climbs back up.
 
@@ -19,7 +19,7 @@ import torch
 
 from zo_core.errors import MemoryExhaustedError
 from zo_core.tasks.templates import Example
-from zo_core.zo.forward import Forward
+from zo_core.zo.reference import Forward
 
 T = TypeVar("T")
 

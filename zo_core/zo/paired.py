@@ -20,6 +20,10 @@ class NotTokenwiseError(Exception):
     """A tuned module does not treat tokens alike, so its input cannot be split into copies."""
 
 
+class NotWholeError(Exception):
+    """A tuned block passes things on beside its states, such as keys that later blocks share."""
+
+
 @contextmanager
 def paired(
     model: nn.Module,
@@ -37,9 +41,10 @@ def paired(
             other blocks, only the modules that own tuned weights do.
     """
     owners: dict[str, dict[str, Sequence[torch.Tensor]]] = {}
+    # Shortest first: what runs apart has all within it run apart.
+    found = sorted({*whole, *(name.rpartition(".")[0] for name in weights)}, key=len)
     for name, values in weights.items():
-        block = next((b for b in whole if name.startswith(f"{b}.")), None)
-        owner = name.rpartition(".")[0] if block is None else block
+        owner = next(o for o in found if name.startswith(f"{o}."))
         owners.setdefault(owner, {})[name] = values
     copies = len(next(iter(weights.values())))
     modules = {owner: model.get_submodule(owner) for owner in owners}
@@ -48,10 +53,10 @@ def paired(
         for name, values in owners[owner].items():
             at, _, own = name.rpartition(".")
             places.append((model.get_submodule(at)._parameters, own, values))
-        if owner in whole:
-            module.forward = _apart(_with_one_copy(whole[owner], copies), places, copies, tokens)
-        else:
-            module.forward = _apart(module.forward, places, copies, tokens)
+        forward = whole.get(owner, module.forward)
+        if next(module.children(), None) is not None:  # there may be attention within
+            forward = _with_one_copy(forward, copies)
+        module.forward = _apart(forward, places, copies, tokens)
     try:
         yield
     finally:
@@ -60,9 +65,11 @@ def paired(
 
 
 def _with_one_copy(forward: Callable[..., Any], copies: int) -> Callable[..., Any]:
-    """A block's forward on one copy, whose attention is told so."""
+    """The forward of a block, or of an attention, on one copy, of which attention is told."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(value, Mapping) for value in (*args, *kwargs.values())):
+            raise NotWholeError
         held: Any = current()
         with over(held.first_of(copies)):
             return forward(*args, **kwargs)
@@ -88,7 +95,8 @@ def _apart(
     def run(*args: Any, **kwargs: Any) -> Any:
         parts = [_split(arg, copies, tokens) for arg in args]
         named = {name: _split(arg, copies, tokens) for name, arg in kwargs.items()}
-        axis = token_axis(args[0] if args else next(iter(kwargs.values())), copies * tokens)
+        first = args[0] if args else next(iter(kwargs.values()))
+        axis = token_axis(first, copies * tokens)
         true = [parameters[name] for parameters, name, _ in places]
         outputs = []
         try:
@@ -102,13 +110,20 @@ def _apart(
             for (parameters, name, _), parameter in zip(places, true, strict=True):
                 parameters[name] = parameter
         if isinstance(outputs[0], tuple):  # a router of experts, or a block
-            return tuple(
-                None if part[0] is None else torch.cat(part, dim=axis)
-                for part in zip(*outputs, strict=True)
-            )
-        return torch.cat(outputs, dim=axis)
+            return tuple(_joined(part, first.dim(), axis) for part in zip(*outputs, strict=True))
+        return _joined(outputs, first.dim(), axis)
 
     return run
+
+
+def _joined(parts: Sequence[Any], dimensions: int, axis: int) -> Any:
+    """The copies of an output, along the axis that its input of so many dimensions had them on.
+
+    Routers give [T, E] for [1, T, H]; an embedding gives [1, T, H] for [1, T].
+    """
+    if parts[0] is None:
+        return None
+    return torch.cat(tuple(parts), dim=axis - max(0, dimensions - parts[0].dim()))
 
 
 def token_axis(value: Any, length: int) -> int:

@@ -9,7 +9,8 @@ from zo_core.jobs import TuneJob
 from zo_core.models.load import LoadedModel
 from zo_core.tasks.templates import Example
 from zo_core.zo import fp8
-from zo_core.zo.forward import CHUNK, FastForward, Forward, ReferenceForward
+from zo_core.zo.forward import CHUNK, FastForward
+from zo_core.zo.reference import Forward, ReferenceForward
 from zo_core.zo.rounding import distance, fp8_error
 from zo_core.zo.scope import Draw, TunedScope
 
@@ -180,6 +181,8 @@ def _objection(loaded: LoadedModel, fast: FastForward, examples: Sequence[Exampl
         apart, bound = distance(loaded, fast, examples)
     except NotImplementedError as error:
         return str(error)
+    except (LookupError, TypeError) as error:  # it hands on what skipped blocks have not made
+        return f"the fast path cannot run this family ({type(error).__name__}: {error})"
     if apart <= bound:
         return None
     return (

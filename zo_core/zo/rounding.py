@@ -24,7 +24,8 @@ from zo_core.errors import UserError
 from zo_core.models.load import LoadedModel
 from zo_core.tasks.templates import Example
 from zo_core.zo.estimator import estimate
-from zo_core.zo.forward import FastForward, Forward, Prepared, ReferenceForward
+from zo_core.zo.forward import FastForward
+from zo_core.zo.reference import Forward, Prepared, ReferenceForward
 from zo_core.zo.scope import Draw, TunedScope
 
 FACTOR = 3.0
@@ -46,16 +47,20 @@ def distance(
         examples: a few.
 
     Returns:
-        Root mean squares over [P scored tokens, V log-probabilities], in nats: the distance, and
-        its bound.
+        Root mean squares over [P scored tokens, V log-probabilities], in nats: the distance, of a
+        single pass or as a point of a pair, whichever is larger; and its bound.
 
     Raises:
         NotImplementedError: the path cannot run this family.
     """
-    ours = _log_probabilities(path, examples)
     reference = ReferenceForward(loaded)
     plain = _log_probabilities(reference, examples)
-    apart = _rms(ours - plain)
+    prepared = path.prepare(examples)
+    ours = [
+        path.logits(prepared),
+        *(path.beside(prepared) if isinstance(path, FastForward) else []),
+    ]
+    apart = max(_rms(_of_scored(prepared, logits) - plain) for logits in ours)
     if loaded.dtype == torch.float32:
         return apart, FLOAT32_SHARE * _rms(plain)
     with in_float32(loaded.model):
@@ -66,7 +71,11 @@ def distance(
 def _log_probabilities(path: Forward, examples: Sequence[Example]) -> torch.Tensor:
     """Float32 [P, V]: what the model says of every token at the places of the scored ones."""
     prepared = path.prepare(examples)
-    return path.logits(prepared).float().log_softmax(-1)[prepared.scored.place]
+    return _of_scored(prepared, path.logits(prepared))
+
+
+def _of_scored(prepared: Prepared, logits: torch.Tensor) -> torch.Tensor:
+    return logits.float().log_softmax(-1)[prepared.scored.place]
 
 
 def _rms(values: torch.Tensor) -> float:

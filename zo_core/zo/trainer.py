@@ -23,10 +23,11 @@ from zo_core.tasks.scoring import batches
 from zo_core.tasks.templates import Example
 from zo_core.zo.estimator import estimate, losses_at, points
 from zo_core.zo.first_order import AdamW, gradients_of
-from zo_core.zo.forward import FastForward, Forward, Prepared
+from zo_core.zo.forward import FastForward
 from zo_core.zo.fused import FusedSteps, Queued
 from zo_core.zo.inplace import InplaceScope
 from zo_core.zo.optimizers import OPTIMIZERS, ZoSgd
+from zo_core.zo.reference import Forward, Prepared
 from zo_core.zo.schedule import learning_rate
 from zo_core.zo.scope import BASE, Draw, TunedScope
 from zo_core.zo.scopes import Selection

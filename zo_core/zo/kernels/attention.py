@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
+from triton.runtime.errors import OutOfResources
 
 from zo_core.zo.attention import Borders
 
@@ -22,7 +23,7 @@ TALL = 24
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _segments(
     query,
     key,
@@ -32,6 +33,7 @@ def _segments(
     key_starts,
     key_ends,
     key_index,
+    blocks,
     scaling,
     window,
     softcap,
@@ -53,11 +55,11 @@ def _segments(
 ):
     """ROWS // GROUP tokens of a segment, for GROUP query heads; GROUPS such share a key head."""
     tokens: tl.constexpr = ROWS // GROUP
-    segment, heads = tl.program_id(1), tl.program_id(2)
+    segment, heads = tl.program_id(0) // blocks, tl.program_id(1)
     first_query, first_key = tl.load(query_borders + segment), tl.load(key_starts + segment)
     queries = tl.load(query_borders + segment + 1) - first_query
     keys = tl.load(key_ends + segment) - first_key
-    begin = tl.program_id(0) * tokens
+    begin = tl.program_id(0) % blocks * tokens
     if begin >= queries:
         return
     row, channel = tl.arange(0, ROWS), tl.arange(0, PADDED_WIDTH)
@@ -102,7 +104,7 @@ def _segments(
         sums = tl.dot(shares.to(v.dtype), v, sums * shrunk[:, None], input_precision="ieee")
         top = higher
     sums /= tl.where(total == 0.0, 1.0, total)[:, None]
-    count = tl.num_programs(2) * GROUP * WIDTH
+    count = tl.num_programs(1) * GROUP * WIDTH
     tl.store(
         out + (at * count + head * WIDTH)[:, None] + channel[None, :],
         sums.to(out.dtype.element_ty),
@@ -134,7 +136,7 @@ def attend(
         [T, heads, D], contiguous; 0 where a query has no key.
 
     Raises:
-        NotImplementedError: values are not as wide as keys.
+        NotImplementedError: values are not as wide as keys, or heads too wide for this GPU.
     """
     if not query.shape[-1] == key.shape[-1] == value.shape[-1]:
         raise NotImplementedError(
@@ -145,38 +147,53 @@ def attend(
     repeats = heads // key.shape[0]
     group = next(g for g in (8, 7, 6, 5, 4, 3, 2, 1) if repeats % g == 0)
     segments = len(borders.query_borders) - 1
-    rows, keys, warps, stages = _shape(tokens / segments * group, query.dtype)
     index = borders.key_index if borders.shared else borders.key_starts  # which nobody reads
     out = torch.empty(tokens, heads, width, dtype=query.dtype, device=query.device)
-    grid = (triton.cdiv(borders.longest_query, rows // group), segments, heads // group)
-    with torch.cuda.device(query.device):
-        _segments[grid](
-            *(query, key, value, out),
-            *(borders.query_borders, borders.key_starts, borders.key_ends, index),
-            *(scaling, window, softcap),
-            *(query.stride(0), query.stride(1), key.stride(0), key.stride(1)),
-            *(value.stride(0), value.stride(1)),
-            GROUP=group,
-            GROUPS=repeats // group,
-            WIDTH=width,
-            PADDED_WIDTH=max(16, triton.next_power_of_2(width)),
-            ROWS=rows,
-            KEYS=keys,
-            SHARED=borders.shared,
-            WINDOW=window > 0,
-            CAPPED=softcap > 0,
-            num_warps=warps,
-            num_stages=stages,
-        )
-    return out
+    padded = max(16, triton.next_power_of_2(width))
+    kind = (tokens / segments * group > TALL, query.dtype, padded, borders.shared)
+    for rows, keys, warps, stages in _shapes(*kind):
+        blocks = triton.cdiv(borders.longest_query, rows // group)
+        try:
+            with torch.cuda.device(query.device):
+                _segments[segments * blocks, heads // group](
+                    *(query, key, value, out),
+                    *(borders.query_borders, borders.key_starts, borders.key_ends, index),
+                    *(blocks, scaling, window, softcap),
+                    *(query.stride(0), query.stride(1), key.stride(0), key.stride(1)),
+                    *(value.stride(0), value.stride(1)),
+                    GROUP=group,
+                    GROUPS=repeats // group,
+                    WIDTH=width,
+                    PADDED_WIDTH=padded,
+                    ROWS=rows,
+                    KEYS=keys,
+                    SHARED=borders.shared,
+                    WINDOW=window > 0,
+                    CAPPED=softcap > 0,
+                    num_warps=warps,
+                    num_stages=stages,
+                )
+        except OutOfResources:
+            _too_large.add((*kind, (rows, keys, warps, stages)))
+        else:
+            return out
+    raise NotImplementedError(f"attention of heads {width} wide does not fit this GPU")
 
 
-def _shape(rows: float, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Rows and keys of a block, warps and stages, for segments of so many rows each.
+Shape = tuple[int, int, int, int]
+_too_large: set[tuple[bool, torch.dtype, int, bool, Shape]] = set()
+"""What this process has found to need more shared memory than there is."""
 
-    The best of 60 shapes on an H100, or within some percent of it, for segments of five tasks and
-    three head counts (docs/benchmarks/README.md).
+
+def _shapes(tall: bool, dtype: torch.dtype, padded: int, shared: bool) -> list[Shape]:
+    """Rows and keys of a block, warps and stages: the fastest, then what wide heads fit into.
+
+    The first is the best of 60 on an H100, or within some percent of it, for segments of five tasks
+    and three head counts (docs/benchmarks/README.md).
     """
-    if dtype == torch.float32:
-        return 16, 32, 4, 1
-    return (16, 16, 2, 2) if rows <= TALL else (64, 32, 4, 3)
+    shapes = [(16, 32, 4, 1), (16, 16, 4, 1)]
+    if dtype != torch.float32:
+        shapes = [(16, 16, 2, 2), (16, 16, 2, 1)]
+        if tall:
+            shapes = [(64, 32, 4, 3), (64, 32, 4, 2), (32, 32, 4, 1), *shapes]
+    return [shape for shape in shapes if (tall, dtype, padded, shared, shape) not in _too_large]
