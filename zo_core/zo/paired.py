@@ -39,15 +39,20 @@ def paired(
         tokens: T, so that the row that runs has n x T tokens.
         whole: names of blocks that treat the copies apart as a whole, and what runs for each. Of
             other blocks, only the modules that own tuned weights do.
+
+    Raises:
+        NotTokenwiseError: a module that owns tuned weights has not run: they are used otherwise.
     """
     owners: dict[str, dict[str, Sequence[torch.Tensor]]] = {}
-    # Shortest first: what runs apart has all within it run apart.
-    found = sorted({*whole, *(name.rpartition(".")[0] for name in weights)}, key=len)
     for name, values in weights.items():
-        owner = next(o for o in found if name.startswith(f"{o}."))
+        block = next((b for b in whole if name.startswith(f"{b}.")), None)
+        owner = name.rpartition(".")[0] if block is None else block
         owners.setdefault(owner, {})[name] = values
     copies = len(next(iter(weights.values())))
     modules = {owner: model.get_submodule(owner) for owner in owners}
+    idle = set(owners)
+    within: list[int] = []
+    """The copy that a module around those that run now is at."""
     for owner, module in modules.items():
         places = []
         for name, values in owners[owner].items():
@@ -56,12 +61,24 @@ def paired(
         forward = whole.get(owner, module.forward)
         if next(module.children(), None) is not None:  # there may be attention within
             forward = _with_one_copy(forward, copies)
-        module.forward = _apart(forward, places, copies, tokens)
+        module.forward = _noted(_apart(forward, places, copies, tokens, within), owner, idle)
     try:
         yield
+        if idle:
+            raise NotTokenwiseError
     finally:
         for module in modules.values():
             del module.forward  # uncovers the class's own
+
+
+def _noted(forward: Callable[..., Any], owner: str, idle: set[str]) -> Callable[..., Any]:
+    """A forward that takes its module from the idle ones."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        idle.discard(owner)
+        return forward(*args, **kwargs)
+
+    return run
 
 
 def _with_one_copy(forward: Callable[..., Any], copies: int) -> Callable[..., Any]:
@@ -82,6 +99,7 @@ def _apart(
     places: Sequence[tuple[dict[str, Any], str, Sequence[torch.Tensor]]],
     copies: int,
     tokens: int,
+    within: list[int],
 ) -> Callable[..., Any]:
     """A forward that gives every copy its own weights.
 
@@ -90,25 +108,35 @@ def _apart(
         places: where the weights belong, the parameters of a module and a name, and their values.
         copies: n.
         tokens: T.
+        within: the copy that a module around this one is at, if any: it has been split already.
     """
 
+    def one(copy: int, *args: Any, **kwargs: Any) -> Any:
+        true = [parameters[name] for parameters, name, _ in places]
+        try:
+            for parameters, name, values in places:
+                parameters[name] = values[copy]
+            return forward(*args, **kwargs)
+        finally:
+            for (parameters, name, _), parameter in zip(places, true, strict=True):
+                parameters[name] = parameter
+
     def run(*args: Any, **kwargs: Any) -> Any:
+        if within:
+            return one(within[-1], *args, **kwargs)
         parts = [_split(arg, copies, tokens) for arg in args]
         named = {name: _split(arg, copies, tokens) for name, arg in kwargs.items()}
         first = args[0] if args else next(iter(kwargs.values()))
         axis = token_axis(first, copies * tokens)
-        true = [parameters[name] for parameters, name, _ in places]
         outputs = []
-        try:
-            for copy in range(copies):
-                for parameters, name, values in places:
-                    parameters[name] = values[copy]
+        for copy in range(copies):
+            within.append(copy)
+            try:
                 outputs.append(
-                    forward(*(p[copy] for p in parts), **{n: p[copy] for n, p in named.items()})
+                    one(copy, *(p[copy] for p in parts), **{n: p[copy] for n, p in named.items()})
                 )
-        finally:
-            for (parameters, name, _), parameter in zip(places, true, strict=True):
-                parameters[name] = parameter
+            finally:
+                within.pop()
         if isinstance(outputs[0], tuple):  # a router of experts, or a block
             return tuple(_joined(part, first.dim(), axis) for part in zip(*outputs, strict=True))
         return _joined(outputs, first.dim(), axis)
