@@ -16,6 +16,7 @@ from transformers import (
     DiffLlamaConfig,
     Gemma2Config,
     Glm4MoeConfig,
+    JetMoeConfig,
     MistralConfig,
     Qwen3MoeConfig,
 )
@@ -52,6 +53,14 @@ WINDOWED: dict[str, AutoConfig] = {
         num_experts_per_tok=2,
         moe_intermediate_size=24,
         first_k_dense_replace=1,
+    ),
+    # It multiplies with weights of modules that it does not call.
+    "jetmoe": JetMoeConfig(
+        **{k: v for k, v in families._SIZES.items() if k != "num_attention_heads"},
+        num_key_value_heads=2,
+        kv_channels=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
     ),
     # Its blocks call attention twice.
     "diffllama": DiffLlamaConfig(**families._SIZES, num_key_value_heads=2),

@@ -7,7 +7,7 @@ else works on one larger matrix, whose weights are read once.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -58,10 +58,11 @@ def paired(
         for name, values in owners[owner].items():
             at, _, own = name.rpartition(".")
             places.append((model.get_submodule(at)._parameters, own, values))
-        forward = whole.get(owner, module.forward)
-        if next(module.children(), None) is not None:  # there may be attention within
-            forward = _with_one_copy(forward, copies)
-        module.forward = _noted(_apart(forward, places, copies, tokens, within), owner, idle)
+        run = _apart(
+            *(whole.get(owner, module.forward), places, copies, tokens, within),
+            inner=next(module.children(), None) is not None,
+        )
+        module.forward = _noted(run, owner, idle)
     try:
         yield
         if idle:
@@ -81,25 +82,13 @@ def _noted(forward: Callable[..., Any], owner: str, idle: set[str]) -> Callable[
     return run
 
 
-def _with_one_copy(forward: Callable[..., Any], copies: int) -> Callable[..., Any]:
-    """The forward of a block, or of an attention, on one copy, of which attention is told."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(value, Mapping) for value in (*args, *kwargs.values())):
-            raise NotWholeError
-        held: Any = current()
-        with over(held.first_of(copies)):
-            return forward(*args, **kwargs)
-
-    return run
-
-
 def _apart(
     forward: Callable[..., Any],
     places: Sequence[tuple[dict[str, Any], str, Sequence[torch.Tensor]]],
     copies: int,
     tokens: int,
     within: list[int],
+    inner: bool,
 ) -> Callable[..., Any]:
     """A forward that gives every copy its own weights.
 
@@ -109,6 +98,7 @@ def _apart(
         copies: n.
         tokens: T.
         within: the copy that a module around this one is at, if any: it has been split already.
+        inner: whether there are modules, and so perhaps attention, within.
     """
 
     def one(copy: int, *args: Any, **kwargs: Any) -> Any:
@@ -124,6 +114,9 @@ def _apart(
     def run(*args: Any, **kwargs: Any) -> Any:
         if within:
             return one(within[-1], *args, **kwargs)
+        if inner and any(isinstance(value, Mapping) for value in (*args, *kwargs.values())):
+            raise NotWholeError
+        held: Any = current() if inner else None
         parts = [_split(arg, copies, tokens) for arg in args]
         named = {name: _split(arg, copies, tokens) for name, arg in kwargs.items()}
         first = args[0] if args else next(iter(kwargs.values()))
@@ -132,9 +125,9 @@ def _apart(
         for copy in range(copies):
             within.append(copy)
             try:
-                outputs.append(
-                    one(copy, *(p[copy] for p in parts), **{n: p[copy] for n, p in named.items()})
-                )
+                with over(held.first_of(copies)) if inner else nullcontext():
+                    given = {name: part[copy] for name, part in named.items()}
+                    outputs.append(one(copy, *(part[copy] for part in parts), **given))
             finally:
                 within.pop()
         if isinstance(outputs[0], tuple):  # a router of experts, or a block
@@ -160,9 +153,12 @@ def token_axis(value: Any, length: int) -> int:
     Raises:
         NotTokenwiseError: there is none.
     """
-    if isinstance(value, torch.Tensor) and length in value.shape:
+    if isinstance(value, torch.Tensor):
         # Tokens come before channels: [1, n T, H], or flattened [n T, H], where H may be n T.
-        return value.shape.index(length)
+        channels = value.is_floating_point() and value.dim() > 1
+        sizes = value.shape[:-1] if channels else value.shape
+        if length in sizes:
+            return sizes.index(length)
     raise NotTokenwiseError
 
 
