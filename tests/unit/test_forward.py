@@ -32,6 +32,7 @@ from zo_core.zo.forward import FastForward
 from zo_core.zo.graphs import GraphedForward, Row, StaticPacking
 from zo_core.zo.last_block import _queries_at
 from zo_core.zo.packing import Packing, pack
+from zo_core.zo.paired import NotTokenwiseError, token_axis
 from zo_core.zo.path import choose_forward
 from zo_core.zo.reference import ReferenceForward
 from zo_core.zo.scope import Draw, Point, TunedScope, scope_parameters
@@ -297,6 +298,29 @@ def test_a_full_bucket_reads_its_own_tokens_only() -> None:
     graphed(ids, positions, torch.arange(16), None, packing, copies=2)
     assert len(read[0]) > 2 * sum(packing.key_lengths), "nothing pads the keys: no test"
     assert read[0].max() < 32
+
+
+@pytest.mark.parametrize(
+    ("value", "axis"),
+    [
+        (torch.zeros(1, 32, 32), 1),
+        (torch.zeros(32, 32), 0),
+        (torch.zeros(1, 32, dtype=torch.int64), 1),
+        (torch.zeros(32, 32, dtype=torch.int64), 0),  # [n T, experts of a token]
+        (torch.zeros(1, 32, 4, 8), 1),
+        (torch.zeros(1, 4, 32, 8), 2),
+        (torch.zeros(1, 32, 32, 8), None),  # heads and tokens, or tokens and heads
+        (torch.zeros(7, 32), None),  # as many channels as tokens in the row
+        (None, None),
+    ],
+)
+def test_where_the_tokens_are(value: torch.Tensor | None, axis: int | None) -> None:
+    """For 32 tokens; no guess where there is none, or either of two."""
+    if axis is not None:
+        assert token_axis(value, 32) == axis
+    else:
+        with pytest.raises(NotTokenwiseError):
+            token_axis(value, 32)
 
 
 def test_points_side_by_side_equal_one_at_a_time(tiny: LoadedModel) -> None:

@@ -151,13 +151,14 @@ def token_axis(value: Any, length: int) -> int:
     """The axis along which the copies of the row lie.
 
     Raises:
-        NotTokenwiseError: there is none.
+        NotTokenwiseError: there is none, or it may be either of two.
     """
     if isinstance(value, torch.Tensor):
-        # Tokens come before channels: [1, n T, H], or flattened [n T, H], where H may be n T.
+        # Tokens come before channels: [1, n T, H], or flattened [n T, H], where H may be n T. In
+        # [1, heads, n T, D] there may be as many heads.
         channels = value.is_floating_point() and value.dim() > 1
         sizes = value.shape[:-1] if channels else value.shape
-        if length in sizes:
+        if length in sizes and not (value.dim() > 3 and sizes.count(length) > 1):
             return sizes.index(length)
     raise NotTokenwiseError
 
