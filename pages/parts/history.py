@@ -164,6 +164,15 @@ def by_hand(listed: Iterable[Entry]) -> list[Entry]:
     return [entry for entry in listed if entry.run_id not in cells]
 
 
+def of_kind(kind: str) -> list[Entry]:
+    """The runs that a page of a kind offers, newest first.
+
+    All tuning runs but cells: the few scans and probes of a comparison are as good as others.
+    """
+    found = entries((kind,))
+    return by_hand(found) if kind == "tune" else found
+
+
 def live() -> list[Entry]:
     """Running, then queued jobs of every kind, oldest first."""
     found = [entry for entry in reversed(entries(ALL_KINDS)) if entry.status.live]
@@ -195,13 +204,10 @@ def ahead(entry: Entry) -> int:
 def preferred(kind: str, choice: Choice) -> Entry | None:
     """The run of a model to show first: the newest that is live, done or got somewhere.
 
-    Failed runs, and those that ended before their first step, come last; cells of a comparison are
-    left to its own page.
+    Failed runs, and those that ended before their first step, come last.
     """
     of_choice = [
-        e
-        for e in by_hand(entries((kind,)))
-        if (e.job.model, e.job.revision) == (choice.model, choice.revision)
+        e for e in of_kind(kind) if (e.job.model, e.job.revision) == (choice.model, choice.revision)
     ]
     useful = (
         e

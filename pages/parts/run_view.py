@@ -28,7 +28,7 @@ def pick(kind: str, choice: Choice) -> history.Entry | None:
     Draws the list of runs of that kind, or the sentence that says why there is nothing to show.
     """
     wanted = st.query_params.get("run")
-    entries = history.by_hand(history.entries((kind,)))
+    entries = history.of_kind(kind)
     if wanted:
         try:
             run = runs.get(wanted)

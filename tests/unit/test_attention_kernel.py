@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from zo_core.bench.attention import time_attention
+from zo_core.bench.shapes import LENGTHS
 from zo_core.zo.packing import Packing, pack
 
 pytestmark = pytest.mark.gpu
@@ -115,3 +117,10 @@ def test_what_has_no_key_is_zero(dtype: torch.dtype) -> None:
     assert not got[10:37].any()
     assert bool(got[37:].any(-1).all())
     torch.testing.assert_close(got[37], value[:, 10].to(dtype))
+
+
+def test_the_benchmark_times_both_kernels() -> None:
+    """Every task and head count, in microseconds."""
+    found = time_attention(None)
+    assert set(found) == set(LENGTHS)
+    assert all(t > 0 for task in found.values() for both in task.values() for t in both.values())

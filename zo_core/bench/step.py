@@ -229,16 +229,17 @@ class _TaskBench:
             phases["ours"] = our_phases(loaded, fast, scope, self._batches[0], self._layer, EPS)
             del fast, floor  # with their tensors: the next arm's memory is its own
             gc.collect()
-            with suppress(UserError, torch.OutOfMemoryError):  # there need be no such arm
-                if not fp8:
-                    raise UserError("suffix: fp8 is not asked for.")
-                fast, _ = self._path(scope, "fp8")
-                draws = [Draw("gaussian", 0, step) for step in range(1, FP8_DRAWS + 1)]
-                error = fp8_error(loaded, fast, scope, self._rows[:4], draws, EPS)
-                peaks["fp8"] = self._warm_up(fast, scope)
-                eight = [self._ours(fast, scope, len(self._batches)) for _ in range(rounds)]
-                phases["fp8"] = our_phases(loaded, fast, scope, self._batches[0], self._layer, EPS)
-                times["fp8"] = eight
+            if fp8:
+                with suppress(UserError, torch.OutOfMemoryError):  # there need be no such arm
+                    fast, _ = self._path(scope, "fp8")
+                    draws = [Draw("gaussian", 0, step) for step in range(1, FP8_DRAWS + 1)]
+                    error = fp8_error(loaded, fast, scope, self._rows[:4], draws, EPS)
+                    peaks["fp8"] = self._warm_up(fast, scope)
+                    eight = [self._ours(fast, scope, len(self._batches)) for _ in range(rounds)]
+                    phases["fp8"] = our_phases(
+                        loaded, fast, scope, self._batches[0], self._layer, EPS
+                    )
+                    times["fp8"] = eight
         finally:
             scope.close()
         padded = [arms["mezo"].prepare(b).input_ids.numel() for b in self._batches]

@@ -1,9 +1,9 @@
 """The last block at the scored places only.
 
 Above it nothing else is read. So its queries, its output projection and its MLP are needed at those
-places, its keys and values at all. It runs twice, through its own forward: with all tokens up to
-where attention begins, which keeps keys and values; and with the scored tokens, whose queries meet
-what was kept.
+places only, its keys and values everywhere. It runs twice, through its own forward: with all tokens
+up to where attention begins, which keeps keys and values; and with the scored tokens, whose queries
+meet what was kept.
 """
 
 from bisect import bisect_right
