@@ -50,7 +50,7 @@ def time_attention(data_dir: Path | None) -> dict[str, dict[str, dict[str, float
                 torch.randn(packing.tokens, n, width, device="cuda", dtype=torch.bfloat16)
                 for n in (heads, key_heads, key_heads)
             )
-            states = [x.transpose(0, 1) for x in (query, key, value)]
+            states = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
             found[task][model] = {
                 "flash": _microseconds(partial(_flash, *states, packing)),
                 "ours": _microseconds(partial(attend, *states, packing, SCALING)),
