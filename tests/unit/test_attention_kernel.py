@@ -1,6 +1,7 @@
 """The attention kernel against attention written out, segment by segment, in float64."""
 
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 
 from zo_core.bench.attention import time_attention
 from zo_core.bench.shapes import LENGTHS
-from zo_core.zo.packing import Packing, pack
+from zo_core.zo.last_block import _queries_at
+from zo_core.zo.packing import Packing, pack, start_of_all
 
 pytestmark = pytest.mark.gpu
 ERROR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -23,14 +25,15 @@ def device() -> None:
 
 
 def _packing(seed: int, longest: int, shared: bool) -> Packing:
-    """Segments of 1 to ``longest`` tokens; candidates that share a prompt, if asked for."""
+    """Segments of 1 to ``longest`` tokens; if asked for, candidates share a prompt, all a start."""
     draw = random.Random(seed)  # noqa: S311 - a reproducible draw
     groups = []
     for _ in range(7):
         prompt = [draw.randrange(99) for _ in range(draw.randint(1, longest))]
         answers = range(3 if shared else 1)
-        groups.append([tuple(prompt + [100 + a] * draw.randint(1, 5)) for a in answers])
-    return pack(groups, torch.device("cuda"))[2]
+        rows = [prompt + [100 + a] * draw.randint(1, 5) for a in answers]
+        groups.append([(*range(3), *row) if shared else tuple(row) for row in rows])
+    return pack(groups, torch.device("cuda"), start_of_all(groups))[2]
 
 
 def _states(packing: Packing, heads: int, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -98,6 +101,18 @@ def test_it_is_attention(
     assert float((got.double() - wanted).norm() / wanted.norm()) < ERROR[dtype]
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_some_queries_give_what_all_give(shared: bool) -> None:
+    """As in the last block: scored tokens alone, whose keys lie where the whole row's do."""
+    from zo_core.zo.kernels.attention import attend
+
+    packing = _packing(5, 40, shared)
+    query, key, value = (_states(packing, n, 64, torch.float32) for n in (4, 2, 2))
+    places = torch.randperm(packing.tokens, device="cuda")[:30]
+    some = attend(query[:, places], key, value, _queries_at(packing, places), 0.1)
+    torch.testing.assert_close(some, attend(query, key, value, packing, 0.1)[places])
+
+
 @pytest.mark.parametrize("dtype", list(ERROR))
 def test_what_has_no_key_is_zero(dtype: torch.dtype) -> None:
     """Empty segments, and the rest of a bucket, which may have more queries than keys."""
@@ -119,8 +134,8 @@ def test_what_has_no_key_is_zero(dtype: torch.dtype) -> None:
     torch.testing.assert_close(got[37], value[:, 10].to(dtype))
 
 
-def test_the_benchmark_times_both_kernels() -> None:
-    """Every task and head count, in microseconds."""
-    found = time_attention(None)
+def test_the_benchmark_times_both_kernels(tmp_path: Path) -> None:
+    """Every task and head count, in microseconds; without rows, on drawn lengths."""
+    found = time_attention(tmp_path)
     assert set(found) == set(LENGTHS)
     assert all(t > 0 for task in found.values() for both in task.values() for t in both.values())

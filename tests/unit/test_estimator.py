@@ -48,12 +48,10 @@ class Quadratic:
         """Only the number of rows counts."""
         return SimpleNamespace(scored=SimpleNamespace(label=torch.zeros(len(examples))))
 
-    def logits_at(
-        self, prepared: Any, scope: TunedScope, where: Sequence[Point]
-    ) -> list[torch.Tensor]:
+    def logits_at(self, prepared: Any, scope: TunedScope, where: Sequence[Point]) -> torch.Tensor:
         """The loss at every point."""
         self.passes += len(where)
-        return [self.loss(self._double(scope, point)) for point in where]
+        return torch.stack([self.loss(self._double(scope, point)) for point in where])
 
     @staticmethod
     def _double(scope: TunedScope, point: Point) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The fast path against the reference path: families, lengths, candidates, points, layers."""
 
-from itertools import pairwise, permutations
+from itertools import pairwise
 from pathlib import Path
 from shutil import which
 
@@ -30,7 +30,6 @@ from zo_core.tasks.templates import Candidate, Example
 from zo_core.zo import attention
 from zo_core.zo.forward import FastForward
 from zo_core.zo.graphs import GraphedForward, Row, StaticPacking
-from zo_core.zo.last_block import _queries_at
 from zo_core.zo.packing import Packing, pack
 from zo_core.zo.paired import NotTokenwiseError, token_axis
 from zo_core.zo.path import choose_forward
@@ -103,10 +102,21 @@ SEVERAL = [
     example([5, 6, 7, 8, 9], [10, 11, 12], [10, 13], [14]),
     example([3], [4, 4], [5, 6, 7, 8, 9, 10], [4]),
 ]
+TEMPLATE = [
+    example([1, 2, 3, 4], [5, 6], [7, 8, 9]),
+    example([1, 2, 3], [4], [5]),
+    example([1, 2], [3, 10, 11], [12]),
+    example([1, 2, 3, 13, 14, 15], [5, 6, 7], [5, 8]),
+]
+"""All begin alike, and one has nothing else."""
 
 
 @pytest.mark.parametrize("layer", [0, 2, families.LAYERS - 1])
-@pytest.mark.parametrize("batch", [SINGLE, SEVERAL, SEVERAL[:1]], ids=["one", "several", "lone"])
+@pytest.mark.parametrize(
+    "batch",
+    [SINGLE, SEVERAL, SEVERAL[:1], TEMPLATE, TEMPLATE[1:2] * 2],
+    ids=["one", "several", "lone", "template", "twice"],
+)
 def test_fast_equals_reference(tiny: LoadedModel, layer: int, batch: list[Example]) -> None:
     """Losses of a pair agree to 1e-5 and logits to 1e-4, cached or not."""
     reference, fast = ReferenceForward(tiny), FastForward(tiny, layer)
@@ -146,7 +156,7 @@ def _listed() -> Packing:
 
 
 @pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("batch", [SINGLE, SEVERAL], ids=["one", "several"])
+@pytest.mark.parametrize("batch", [SINGLE, SEVERAL, TEMPLATE], ids=["one", "several", "template"])
 def test_buckets_and_whole_blocks_change_nothing(
     tiny: LoadedModel, batch: list[Example], whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,7 +185,7 @@ def test_compiled_blocks_change_nothing() -> None:
     plain = FastForward(model, 13)
     compiled = FastForward(model, 13, compiled=True, tuned=scope.parameters)
     try:
-        for batch in (SEVERAL, SINGLE):
+        for batch in (SEVERAL, SINGLE, TEMPLATE):
             wanted = plain.logits_at(plain.prepare(batch), scope, POINTS)
             got = compiled.logits_at(compiled.prepare(batch), scope, POINTS)
             for a, b in zip(got, wanted, strict=True):
@@ -209,23 +219,6 @@ def test_the_last_block_computes_what_is_read(tiny: LoadedModel) -> None:
         return
     whole = [shape for shape in seen if tokens in shape[:2]]
     assert 0 < len(whole) < len(seen) / 2
-
-
-def test_places_that_follow_each_other_are_one_segment() -> None:
-    """So the keys of a long answer are gathered once, not once for each of its tokens."""
-    rows = [[(1, 2, 3, 4, 5, 6), (1, 2, 3, 7, 8)], [(9, 8, 7)]]
-    *_, packing, _ = pack(rows, torch.device("cpu"))
-    assert packing.query_lengths == (6, 2, 3)
-    found = _queries_at(packing, torch.tensor([2, 3, 4, 2, 6, 7, 10, 10]))
-    assert isinstance(found, Packing)
-    assert found.query_lengths == (3, 1, 2, 1, 1)
-    assert [list(keys) for keys in found.keys] == [
-        [0, 1, 2, 3, 4],
-        [0, 1, 2],
-        [0, 1, 2, 6, 7],
-        [8, 9, 10],
-        [8, 9, 10],
-    ]
 
 
 def test_keys_that_later_blocks_share(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,15 +333,22 @@ def test_points_side_by_side_equal_one_at_a_time(tiny: LoadedModel) -> None:
     assert all("forward" not in vars(m) for m in tiny.model.modules())
 
 
-@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5), layer=st.integers(0, 15))
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    layer=st.integers(0, 15),
+    start=st.integers(0, 4),
+)
 @settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_any_lengths_on_the_bundled_model(
-    demo: LoadedModel, lengths: list[int], layer: int
+    demo: LoadedModel, lengths: list[int], layer: int, start: int
 ) -> None:
-    """Whatever the lengths, packed equals padded."""
-    batch = [example([17 * i + j + 2 for j in range(n)], [5], [6]) for i, n in enumerate(lengths)]
+    """Whatever the lengths, and whatever rows begin with alike, packed equals padded."""
+    batch = [
+        example([*range(99, 99 + start), *(17 * i + j + 2 for j in range(n))], [5], [6])
+        for i, n in enumerate(lengths)
+    ]
     reference, fast = ReferenceForward(demo), FastForward(demo, layer)
     oracle, prepared = reference.prepare(batch), fast.prepare(batch)
     torch.testing.assert_close(
@@ -357,21 +357,6 @@ def test_any_lengths_on_the_bundled_model(
         rtol=1e-5,
         atol=1e-4,
     )
-
-
-def test_candidates_add_only_what_differs() -> None:
-    """The prompt's tokens appear once, and places point back at them."""
-    rows = [[(1, 2, 3, 4), (1, 2, 3, 5, 6), (1, 2)], [(9,)]]
-    ids, positions, packing, places = pack(rows, torch.device("cpu"))
-    assert ids.tolist() == [[1, 2, 3, 4, 5, 6, 9]]
-    assert positions.tolist() == [[0, 1, 2, 3, 3, 4, 0]]
-    assert packing.query_lengths == (4, 2, 1)
-    assert [list(k) for k in packing.keys] == [[0, 1, 2, 3], [0, 1, 2, 4, 5], [6]]
-    assert [ids[0, places[r, : len(row)]].tolist() for r, row in enumerate(sum(rows, []))] == [
-        list(row) for row in sum(rows, [])
-    ]
-    twice = packing.repeated(2)
-    assert [list(k) for k in twice.keys[3:]] == [[7, 8, 9, 10], [7, 8, 9, 11, 12], [13]]
 
 
 def test_a_family_that_cannot_be_packed_takes_the_reference_path(tmp_path: Path) -> None:
@@ -384,11 +369,9 @@ def test_a_family_that_cannot_be_packed_takes_the_reference_path(tmp_path: Path)
     assert "cannot be packed" in reason
 
 
-@given(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=5), min_size=1, max_size=6))
-def test_rows_are_the_fewest_that_score_every_candidate(answers: list[list[int]]) -> None:
-    """Each candidate's input begins a row, and no row begins another."""
-    found = example([9], *answers)
-    rows, inputs = found.rows, {c.tokens[:-1] for c in found.candidates}
-    assert set(rows) <= inputs
-    assert all(any(row[: len(i)] == i for row in rows) for i in inputs)
-    assert not any(b[: len(a)] == a for a, b in permutations(rows, 2))
+def test_a_template_is_computed_once(demo: LoadedModel) -> None:
+    """All four rows begin with 1 2 3, the third with what a candidate adds to its prompt."""
+    packing = FastForward(demo, 3).prepare(TEMPLATE).packing
+    assert packing is not None
+    alone = sum(FastForward(demo, 3).prepare([e]).input_ids.shape[1] for e in TEMPLATE)
+    assert packing.tokens == alone - 3 * 3

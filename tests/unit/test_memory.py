@@ -141,8 +141,7 @@ def test_what_a_forward_pass_adds(loaded: LoadedModel) -> None:
     try:
         forward.logits_at(prepared, scope, points)  # makes what is held
         with Live() as live:
-            for logits in forward.logits_at(prepared, scope, points):
-                task_loss(logits, prepared.scored)
+            task_loss(forward.logits_at(prepared, scope, points), prepared.scored)
     finally:
         scope.close()
         selection.close()

@@ -54,15 +54,13 @@ class Bowl:
         target = torch.tensor(prepared.rows).float()[:, None].sin() / 10
         return ((w.sum(0) + b - target) ** 2).mean() + (w**2).mean()
 
-    def logits_at(
-        self, prepared: Any, scope: TunedScope, where: Sequence[Point]
-    ) -> list[torch.Tensor]:
+    def logits_at(self, prepared: Any, scope: TunedScope, where: Sequence[Point]) -> torch.Tensor:
         """The loss at every point."""
         found = []
         for point in where:
             scope.perturb(point)
             found.append(self.logits(prepared))
-        return found
+        return torch.stack(found)
 
 
 def start(dtype: torch.dtype) -> dict[str, torch.Tensor]:

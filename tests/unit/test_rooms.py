@@ -114,6 +114,7 @@ def test_lower_rooms_do_not_import_upper_ones() -> None:
     below = {
         "zo_core.settings": set(),
         "zo_core.errors": set(),
+        "zo_core.upload": set(),
         "zo_core.scope_spec": set(),
         "zo_core.run_jobs": set(),
         "zo_core.own_spec": set(),
@@ -124,9 +125,12 @@ def test_lower_rooms_do_not_import_upper_ones() -> None:
         },
         "zo_core.runs": {"settings", "errors", "jobs"},
         "zo_core.models": {"settings", "errors", "jobs", "models"},
-        "zo_core.tasks": {"settings", "errors", "jobs", "models", "tasks"},
+        "zo_core.tasks": {"settings", "errors", "jobs", "models", "tasks", "upload"},
         "zo_core.analysis": {"settings", "errors", "jobs", "models", "tasks", "analysis", "zo"},
-        "zo_core.zo": {"settings", "errors", "jobs", "models", "tasks", "zo", "runs", "scope_spec"},
+        "zo_core.zo": {
+            *("settings", "errors", "jobs", "models", "tasks", "zo", "runs", "scope_spec"),
+            "upload",
+        },
         "zo_core.plots": {"plots", "settings", "errors", "jobs", "runs", "analysis"},
         "zo_core.compare": {
             *("settings", "errors", "jobs", "scope_spec", "runs", "backend", "preflight"),

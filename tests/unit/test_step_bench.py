@@ -15,8 +15,15 @@ def test_three_arms_on_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "BATCHES", 2)
     monkeypatch.setattr(bench, "ROUNDS", {"cpu": 1})
     lines: list[str] = []
-    found = bench.run_step_bench("demo", ["reviews"], device="cpu", say=lines.append)
+    kept: list[str] = []
+    found = bench.run_step_bench(
+        *("demo", ["reviews"]),
+        device="cpu",
+        say=lines.append,
+        keep=lambda result: kept.append(markdown(result)),
+    )
     (task,) = found["tasks"]
+    assert kept == [markdown(found)]
     assert len(lines) == 1
     assert task["padded"] > task["tokens"] > 4
     assert task["speedup"] == task["mezo"]["median"] / task["ours"]["median"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from zo_core.models.load import LoadedModel
-from zo_core.tasks.scoring import Scored, layout
+from zo_core.tasks.scoring import Scored, candidate_sums, layout
 from zo_core.tasks.templates import Example
 
 MULTIPLE = 8
@@ -115,11 +115,7 @@ class PublishedMezo:
         log_probabilities = torch.log_softmax(output.logits[:, :-1].float(), dim=-1)
         scored = batch.scored
         found = log_probabilities[scored.row, scored.position][scored.place, scored.token]
-        count = len(scored.label) * scored.n_candidates
-        scores = torch.zeros(count, device=found.device).index_add_(
-            0, scored.owner, found * scored.share
-        )
-        scores = scores.view(-1, scored.n_candidates)
+        scores = candidate_sums(found * scored.share, scored)
         if scored.n_candidates == 1:
             return -scores.mean()
         return torch.nn.functional.cross_entropy(scores, scored.label)

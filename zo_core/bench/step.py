@@ -5,13 +5,14 @@ Where the GPU can, ours also runs with its suffix in fp8 (``suffix`` of a job), 
 The arms take turns on the same batches, so that a change of the machine's clock meets all of them.
 Times are of whole steps, perturbation, update and host work included: the clock runs from one
 synchronisation with the device to the next. Ours is the training loop itself, ledger included: its
-time is that of a round of batches, divided. Beside it stands the floor: the matrix products of the
-blocks from the tuned one up for all tokens, of which ours leaves out most of the last block's. It
-takes its turn, as many times in a row as our steps: at its power limit a GPU is slower than in its
-first milliseconds.
+time is that of some rounds of batches, divided. Beside it stands the floor: the matrix products of
+the blocks from the tuned one up for all tokens of the same batches, of which ours leaves out most
+of the last block's. It takes its turn, as many times in a row as our steps: at its power limit a
+GPU is slower than in its first milliseconds.
 """
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ from zo_core.models.memory import tuning
 from zo_core.provenance import provenance
 from zo_core.tasks.templates import Example
 from zo_core.zo.forward import FastForward
-from zo_core.zo.packing import pack
+from zo_core.zo.packing import pack, start_of_all
 from zo_core.zo.path import FP8_DRAWS, choose_forward
 from zo_core.zo.rounding import fp8_error
 from zo_core.zo.scope import Draw, TunedScope, scope_parameters
@@ -48,6 +49,10 @@ STEPS_OF_A_RUN = 10_000
 FIRST_STEP = 200
 """Steps before it count now and then how many weights they change; those that follow do not."""
 ROUNDS = {"cuda": 6, "cpu": 2}
+IN_A_ROW = 0.3
+"""Seconds of steps that ours takes in a row at least: what begins and ends a run is once a run."""
+PASSES = 3
+"""Times over the batches in a row at most, and while ours warms up."""
 PEAK_FLOPS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12}
 """Dense bf16 operations a second, NVIDIA's data sheets."""
 
@@ -74,7 +79,7 @@ class TaskTimes:
     task: str
     rows: str
     tokens: float
-    """Real tokens a batch, mean; a shared prompt counts once."""
+    """Real tokens a batch, mean; what rows begin with alike counts once."""
     padded: float
     """Tokens a batch of MeZO's, rows x width."""
     mezo: ArmTime
@@ -133,6 +138,7 @@ def run_step_bench(
     dtype: str = "auto",
     say: Callable[[str], None] = lambda _line: None,
     fp8: bool = True,
+    keep: Callable[[dict[str, Any]], None] = lambda _result: None,
 ) -> dict[str, Any]:
     """Time the arms on every task.
 
@@ -145,6 +151,7 @@ def run_step_bench(
         dtype: likewise.
         say: receives a line for every task.
         fp8: run ours with an fp8 suffix as well, where the GPU can.
+        keep: receives the result so far after every task: a run of all takes minutes.
 
     Returns:
         ``shape, layer, batch, tasks`` (:meth:`TaskTimes.as_dict`), ``short`` (tasks that memory was
@@ -162,6 +169,8 @@ def run_step_bench(
     peak = PEAK_FLOPS.get(facts["device_name"])
     found: list[dict[str, Any]] = []
     short: list[str] = []
+    result = {"shape": shape, "layer": layer, "batch": BATCH}
+    result |= {"tasks": found, "short": short, "provenance": facts}
     for task in tasks:
         say(f"{shape}, layer {layer}: {task}")
         rows, source = examples(task, loaded, BATCH * BATCHES, data_dir)
@@ -172,10 +181,10 @@ def run_step_bench(
             short.append(task)
         else:
             found.append(times.as_dict(peak))
+            keep(result)
     if not found:
         raise UserError(f"shape: {shape} and the published step need more memory than is here.")
-    head = {"shape": shape, "layer": layer, "batch": BATCH}
-    return {**head, "tasks": found, "short": short, "provenance": facts}
+    return result
 
 
 def _unless_short(run: Callable[[], TaskTimes]) -> TaskTimes | None:
@@ -189,6 +198,12 @@ def _unless_short(run: Callable[[], TaskTimes]) -> TaskTimes | None:
     return None
 
 
+def _tokens(batch: Sequence[Example]) -> int:
+    """Tokens of a batch as our path packs it."""
+    rows = [e.rows for e in batch]
+    return pack(rows, torch.device("cpu"), start_of_all(rows))[2].tokens
+
+
 class _TaskBench:
     """The arms on the batches of one task."""
 
@@ -199,6 +214,7 @@ class _TaskBench:
             [rows[i] for i in batch_indices(0, step, len(rows), BATCH)] for step in steps
         ]
         self._kind = loaded.device.type
+        self._passes = PASSES
         self._job = TuneJob(scope=f"layer:{layer}", steps=STEPS_OF_A_RUN, eps=EPS, lr=LR)
 
     def run(self, source: str, fp8: bool) -> TaskTimes:
@@ -209,21 +225,19 @@ class _TaskBench:
             "naive": PublishedMezo(loaded, list(block.parameters()), EPS, LR),
         }
         peaks = {n: self._peak(partial(self._published, arm, 0)) for n, arm in arms.items()}
-        tokens = statistics.fmean(
-            pack([e.rows for e in batch], torch.device("cpu"))[2].tokens for batch in self._batches
-        )
+        tokens = [_tokens(batch) for batch in self._batches]
         scope = TunedScope(scope_parameters(loaded, self._layer))
         error = None
         try:
             fast, path = self._path(scope, "model")
             peaks["ours"] = self._warm_up(fast, scope)
-            floor = ProductFloor(loaded.decoder.blocks[self._layer :], round(2 * tokens))
+            floor = ProductFloor(loaded.decoder.blocks[self._layer :], [2 * n for n in tokens])
             flops = floor.flops
             times: dict[str, list[float]] = {name: [] for name in (*peaks, "floor")}
             for number in range(rounds):
                 for name, arm in arms.items():
                     times[name].append(self._published(arm, number))
-                times["ours"].append(self._ours(fast, scope, len(self._batches)))
+                times["ours"].append(self._ours(fast, scope))
                 times["floor"].append(self._products(floor))
             phases = {name: self._published_phases(arm) for name, arm in arms.items()}
             phases["ours"] = our_phases(loaded, fast, scope, self._batches[0], self._layer, EPS)
@@ -235,7 +249,7 @@ class _TaskBench:
                     draws = [Draw("gaussian", 0, step) for step in range(1, FP8_DRAWS + 1)]
                     error = fp8_error(loaded, fast, scope, self._rows[:4], draws, EPS)
                     peaks["fp8"] = self._warm_up(fast, scope)
-                    eight = [self._ours(fast, scope, len(self._batches)) for _ in range(rounds)]
+                    eight = [self._ours(fast, scope) for _ in range(rounds)]
                     phases["fp8"] = our_phases(
                         loaded, fast, scope, self._batches[0], self._layer, EPS
                     )
@@ -255,7 +269,7 @@ class _TaskBench:
         return TaskTimes(
             task=self._task,
             rows=source,
-            tokens=tokens,
+            tokens=statistics.fmean(tokens),
             padded=statistics.fmean(padded),
             mezo=summary("mezo"),
             naive=summary("naive"),
@@ -281,20 +295,22 @@ class _TaskBench:
 
     def _warm_up(self, fast: FastForward, scope: TunedScope) -> int | None:
         """Compile, capture and fill the cache; the peak of device memory until then."""
+        self._passes = PASSES
+        seconds = 0.0
 
         def run() -> None:
+            nonlocal seconds
             for _ in range(2):
-                self._ours(fast, scope, 3 * len(self._batches))
+                seconds = self._ours(fast, scope) / 1e3 * len(self._batches)
 
-        return self._peak(run)
+        peak = self._peak(run)
+        self._passes = min(PASSES, math.ceil(IN_A_ROW / seconds))
+        return peak
 
     def _expected(self, eight: bool) -> int | None:
         if self._kind != "cuda":
             return None
-        counts = [
-            [pack([e.rows], torch.device("cpu"))[2].tokens for e in batch]
-            for batch in self._batches
-        ]
+        counts = [[_tokens([e]) for e in batch] for batch in self._batches]
         need = tuning(
             self._loaded.info,
             self._loaded.dtype_name,
@@ -323,8 +339,9 @@ class _TaskBench:
             arm.step(batch, 0, clock.mark)
         return clock.phases
 
-    def _ours(self, fast: FastForward, scope: TunedScope, steps: int) -> float:
+    def _ours(self, fast: FastForward, scope: TunedScope) -> float:
         """Milliseconds a step of the training loop, which is what a run does."""
+        steps = self._passes * len(self._batches)
         job = self._job.model_copy(update={"steps": FIRST_STEP + steps})
         ledger: list[dict[str, Any]] = []
         clock = Clock(self._loaded.device)
@@ -346,9 +363,9 @@ class _TaskBench:
         """Milliseconds of the products alone."""
         clock = Clock(self._loaded.device)
         began = clock.now()
-        for _ in self._batches:
+        for _ in range(self._passes):
             floor.run()
-        return (clock.now() - began) / len(self._batches)
+        return (clock.now() - began) / self._passes / len(self._batches)
 
     def _peak(self, run: Callable[[], object]) -> int | None:
         if self._kind != "cuda":

@@ -205,6 +205,10 @@ def step_bench(
     from zo_core.bench.step import run_step_bench
     from zo_core.bench.step_table import markdown
 
+    def keep(found: dict[str, Any]) -> None:
+        if out is not None:
+            out.write_text(markdown(found))
+
     try:
         result = run_step_bench(
             shape,
@@ -215,13 +219,11 @@ def step_bench(
             dtype,
             lambda line: typer.echo(f"... {line}", err=True),
             fp8,
+            keep,
         )
     except (UserError, ValidationError) as error:
         refuse(explain(error) if isinstance(error, ValidationError) else str(error), as_json)
-    table = markdown(result)
-    typer.echo(table)
-    if out is not None:
-        out.write_text(table)
+    typer.echo(markdown(result))
     if as_json:
         typer.echo(to_json(result))
 

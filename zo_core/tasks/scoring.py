@@ -1,12 +1,12 @@
 """From logits to candidate scores and losses (MeZO's)."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
-import torch.nn.functional as F
 
 from zo_core.tasks.templates import Example
+from zo_core.upload import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +21,10 @@ class Scored:
     """int64 [P]: place whose logits predict the scored token."""
     token: torch.Tensor
     """int64 [P]: the scored token."""
-    owner: torch.Tensor
-    """int64 [P]: example x C + candidate."""
+    borders: torch.Tensor
+    """int64 [B x C + 1]: where each candidate's scored tokens begin, and the last one's end."""
     share: torch.Tensor
-    """float32 [P]: 1 / number of scored tokens of the owner."""
+    """float32 [P]: 1 / number of scored tokens of the candidate."""
     label: torch.Tensor
     """int64 [B]."""
     n_candidates: int
@@ -32,11 +32,8 @@ class Scored:
     def to(self, device: torch.device) -> "Scored":
         """The same on another device."""
         names = [f.name for f in fields(self) if f.name != "n_candidates"]
-        tensors = [getattr(self, name) for name in names]
-        if device.type == "cuda":  # so that nobody waits for the copies
-            tensors = [t.pin_memory() for t in tensors]
-        moved = [t.to(device, non_blocking=True) for t in tensors]
-        return replace(self, **dict(zip(names, moved, strict=True)))
+        moved = upload([getattr(self, name) for name in names], device)
+        return Scored(**dict(zip(names, moved, strict=True)), n_candidates=self.n_candidates)
 
 
 def layout(
@@ -56,19 +53,21 @@ def layout(
     """
     rows: list[tuple[int, ...]] = []
     places: dict[tuple[int, int], int] = {}
-    place, token, owner, share = [], [], [], []
+    place: list[int] = []
+    token: list[int] = []
+    borders, share = [0], []
     n_candidates = len(examples[0].candidates)
-    for number, example in enumerate(examples):
+    for example in examples:
         own = list(rows_of(example))
-        for index, candidate in enumerate(example.candidates):
+        for candidate in example.candidates:
             inputs = candidate.tokens[:-1]
             which = next(i for i, r in enumerate(own) if r[: len(inputs)] == inputs)
             for at in range(candidate.start, len(candidate.tokens)):
                 spot = (len(rows) + which, place_of(own[which], at - 1))
                 place.append(places.setdefault(spot, len(places)))
                 token.append(candidate.tokens[at])
-                owner.append(number * n_candidates + index)
                 share.append(1.0 / len(candidate.scored))
+            borders.append(len(token))
         rows += own
 
     def ints(values: Sequence[int]) -> torch.Tensor:
@@ -79,7 +78,7 @@ def layout(
         position=ints([p for _, p in places]),
         place=ints(place),
         token=ints(token),
-        owner=ints(owner),
+        borders=ints(borders),
         share=torch.tensor(share, device=device),
         label=ints([e.label for e in examples]),
         n_candidates=n_candidates,
@@ -90,38 +89,50 @@ def candidate_scores(logits: torch.Tensor, scored: Scored) -> torch.Tensor:
     """Length-mean log-probability of every candidate.
 
     Args:
-        logits: float [U, V], at the places of ``scored``.
+        logits: float [..., U, V], at the places of ``scored``.
         scored: the layout.
 
     Returns:
-        float32 [B, C].
+        float32 [..., B, C].
     """
-    log_probability = logits.float().log_softmax(-1)[scored.place, scored.token] * scored.share
-    flat = torch.zeros(
-        len(scored.label) * scored.n_candidates, device=logits.device, dtype=torch.float32
-    )
-    return flat.index_add_(0, scored.owner, log_probability).view(-1, scored.n_candidates)
+    log_probability = logits.float().log_softmax(-1)[..., scored.place, scored.token]
+    return candidate_sums(log_probability * scored.share, scored)
+
+
+def candidate_sums(values: torch.Tensor, scored: Scored) -> torch.Tensor:
+    """Sums over the scored tokens of every candidate, in their order: the same bits every time.
+
+    Args:
+        values: float [..., P].
+        scored: the layout.
+
+    Returns:
+        float [..., B, C].
+    """
+    rows = values.reshape(-1, values.shape[-1])
+    borders = scored.borders.expand(len(rows), -1).contiguous()
+    sums = torch.segment_reduce(rows, "sum", offsets=borders, axis=1, unsafe=True)
+    return sums.view(*values.shape[:-1], -1, scored.n_candidates)
 
 
 def example_losses(scores: torch.Tensor, label: torch.Tensor, gold: bool) -> torch.Tensor:
     """The loss of every example, in nats.
 
     Args:
-        scores: float32 [B, C], length-mean log-probabilities.
+        scores: float32 [..., B, C], length-mean log-probabilities.
         label: int64 [B].
         gold: True: cross entropy on the gold option's tokens, mean over its tokens (COPA, SQuAD,
             DROP); False: cross entropy over the candidates' scores (the other tasks).
 
     Returns:
-        float32 [B].
+        float32 [..., B].
     """
-    if gold:
-        return -scores.gather(1, label[:, None])[:, 0]
-    return F.cross_entropy(scores, label, reduction="none")
+    found = scores if gold else scores.log_softmax(-1)
+    return -found.gather(-1, label.expand(scores.shape[:-1])[..., None])[..., 0]
 
 
 def task_loss(logits: torch.Tensor, scored: Scored) -> torch.Tensor:
-    """The training loss, mean over the batch: a float32 scalar, in nats.
+    """The training loss, mean over the batch, in nats: float32 [...] for logits [..., U, V].
 
     Examples of several candidates: cross entropy over their scores. Examples of one, the gold
     option (:attr:`Example.gold`): cross entropy on its tokens, mean over the tokens of an example
@@ -129,7 +140,7 @@ def task_loss(logits: torch.Tensor, scored: Scored) -> torch.Tensor:
     long answer weighs more.
     """
     scores = candidate_scores(logits, scored)
-    return example_losses(scores, scored.label, gold=scored.n_candidates == 1).mean()
+    return example_losses(scores, scored.label, gold=scored.n_candidates == 1).mean(-1)
 
 
 def batches(count: int, size: int) -> Iterator[range]:

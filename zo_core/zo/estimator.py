@@ -66,8 +66,11 @@ def losses_at(
     for prepared in batch:
         count = len(prepared.scored.label)
         rows += count
-        for i, logits in enumerate(forward.logits_at(prepared, scope, where)):
-            totals[i] += float(task_loss(logits, prepared.scored)) * count
+        logits = forward.logits_at(prepared, scope, where)
+        for first in range(0, len(where), 2):  # a pair at a time: float32 takes more memory
+            losses = task_loss(logits[first : first + 2], prepared.scored).tolist()
+            for i, loss in enumerate(losses, first):
+                totals[i] += loss * count
     return [total / rows for total in totals]
 
 

@@ -2,10 +2,10 @@
 
 Equal to the reference path (:mod:`zo_core.zo.reference`) to rounding, through the model's own
 modules. Layers below the lowest tuned one are frozen, so their output is computed once per example
-and cached; token rows are packed without padding, and the candidates of a prompt share its
-computation; the points ``theta + eps z`` and ``theta - eps z`` differ in the tuned layer only and
-run above it as one batch; logits, and the last block above its keys, are computed at the scored
-places only.
+and cached; token rows are packed without padding, and what they begin with alike, candidates their
+prompt and examples their template, is computed once; the points ``theta + eps z`` and ``theta - eps
+z`` differ in the tuned layer only and run above it as one batch; logits, and the last block above
+its keys, are computed at the scored places only.
 """
 
 from collections.abc import Collection, Sequence
@@ -25,7 +25,7 @@ from zo_core.zo.fp8 import PairsInFp8, standing_in
 from zo_core.zo.frozen import CHUNK, FrozenLayers
 from zo_core.zo.graphs import GraphedForward, Row
 from zo_core.zo.last_block import at_places
-from zo_core.zo.packing import pack
+from zo_core.zo.packing import pack, start_of_all
 from zo_core.zo.paired import NotTokenwiseError, NotWholeError, paired
 from zo_core.zo.points import Owed, write_points
 from zo_core.zo.reference import Prepared, one_by_one
@@ -57,8 +57,9 @@ class FastForward:
             budget: bytes the cache may take; None: 512 MiB on a CPU, a fifth of a GPU.
             chunk: examples whose prefix is computed together.
             graphs: lay batches into buckets and replay CUDA graphs of them.
-            compiled: run the frozen blocks above the tuned layer through ``torch.compile``, and
-                those that are tuned for the most part where points run side by side.
+            compiled: run the frozen blocks above the tuned layer and the norm after them through
+                ``torch.compile``, and blocks that are tuned for the most part where points run side
+                by side.
             tuned: names of the tuned parameters; other blocks that hold one are not compiled.
             fp8: run pairs of points through the frozen blocks above the tuned layer in fp8.
         """
@@ -67,10 +68,11 @@ class FastForward:
         blocks = loaded.decoder.blocks
         of_block = {i: f"{prefix}.{i}." for i in range(len(blocks))}
         held = {i for i, own in of_block.items() if any(n.startswith(own) for n in tuned)}
+        above = [block for i, block in enumerate(blocks) if i > layer and i not in held]
         self._compiled = {
-            block: torch.compile(block.forward, dynamic=True)
-            for i, block in enumerate(blocks)
-            if compiled and i > layer and i not in held
+            module: torch.compile(module.forward, dynamic=True)
+            for module in (*above, *_frozen_norms(loaded, tuned))
+            if compiled
         }
         self._whole = {
             f"{prefix}.{i}": torch.compile(blocks[i].forward, dynamic=True)
@@ -136,7 +138,9 @@ class FastForward:
     def prepare(self, examples: Sequence[Example]) -> Prepared:
         """Pack a batch and find its prefix in the cache, or compute it."""
         device = self._loaded.device
-        ids, positions, packing, places = pack([e.rows for e in examples], device)
+        rows = [e.rows for e in examples]
+        start = start_of_all(rows)
+        ids, positions, packing, places = pack(rows, device, start)
         _, scored = layout(
             examples,
             rows_of=lambda e: e.rows,
@@ -146,7 +150,7 @@ class FastForward:
         scored = replace(
             scored, row=torch.zeros_like(scored.row), position=places[scored.row, scored.position]
         ).to(device)
-        hidden = self._frozen.output(examples, ids, positions, packing)
+        hidden = self._frozen.output(examples, ids, positions, packing, start)
         return Prepared(ids, None, scored, positions, packing, hidden)
 
     def begin_at(self, layer: int) -> None:
@@ -190,13 +194,13 @@ class FastForward:
         scope: TunedScope,
         points: Sequence[Point],
         owed: Owed | None = None,
-    ) -> list[torch.Tensor]:
-        """Logits [U, V] at every point, with one suffix for all points where that is possible.
+    ) -> torch.Tensor:
+        """Logits [n, U, V] at n points, with one suffix for all where that is possible.
 
         Args:
             prepared: the batch.
             scope: the scope.
-            points: n points.
+            points: n of them.
             owed: see :func:`~zo_core.zo.points.write_points`; only where :meth:`pairs` is true.
         """
         if len(points) < 2 or not self.pairs(scope):
@@ -205,10 +209,10 @@ class FastForward:
         found = self._side_by_side(prepared, len(points))
         return one_by_one(self, prepared, scope, points) if found is None else found
 
-    def _side_by_side(self, prepared: Prepared, copies: int) -> list[torch.Tensor] | None:
+    def _side_by_side(self, prepared: Prepared, copies: int) -> torch.Tensor | None:
         """Logits with the weights of each point; None if tokens do not go through one by one."""
         try:
-            return list(self._run(prepared, copies).chunk(copies))
+            return self._run(prepared, copies).unflatten(0, (copies, -1))
         except NotWholeError:
             if self._whole:
                 self._whole = {}
@@ -305,6 +309,18 @@ class FastForward:
                 return model(input_ids=row.ids, position_ids=row.positions, use_cache=False).logits
         finally:
             handle.remove()
+
+
+def _frozen_norms(loaded: LoadedModel, tuned: Collection[str]) -> list[nn.Module]:
+    """The norms beside the list of blocks, of which nothing is tuned: the final one."""
+    parent, _, _ = loaded.decoder.prefix.rpartition(".")
+    beside = loaded.model.get_submodule(parent).named_children()
+    name = f"{parent}." if parent else ""
+    return [
+        module
+        for own, module in beside
+        if "Norm" in type(module).__name__ and not any(n.startswith(f"{name}{own}.") for n in tuned)
+    ]
 
 
 def _mostly(tuned: Collection[str], prefix: str, block: nn.Module) -> bool:

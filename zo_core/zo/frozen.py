@@ -100,8 +100,18 @@ class FrozenLayers:
         ids: torch.Tensor,
         positions: torch.Tensor,
         packing: Packing,
+        start: int,
     ) -> torch.Tensor | None:
-        """Input of the lowest tuned layer, [1, T, H], for a packed batch; None for layer 0."""
+        """Input of the lowest tuned layer, [1, T, H], for a packed batch; None for layer 0.
+
+        Args:
+            examples: the batch.
+            ids: int64 [1, T].
+            positions: int64 [1, T].
+            packing: of the batch.
+            start: tokens of each example that the row holds once; see
+                :func:`~zo_core.zo.packing.pack`.
+        """
         if not self._layer:
             return None
         if any(id(e) not in self._chunks for e in examples):
@@ -111,7 +121,7 @@ class FrozenLayers:
                 self._fill(self._chunks[id(example)])
         device = self._loaded.device
         parts = [self._cache[id(e)].to(device, non_blocking=True) for e in examples]
-        return torch.cat(parts, dim=1)
+        return torch.cat([parts[0], *(part[:, start:] for part in parts[1:])], dim=1)
 
     def _fill(self, chunk: tuple[Example, ...]) -> None:
         ids, positions, packing, _ = pack([e.rows for e in chunk], self._loaded.device)

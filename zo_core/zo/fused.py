@@ -59,7 +59,9 @@ class FusedSteps:
         """
         self._forward, self._scope, self._eps = forward, scope, eps
         device = next(iter(scope.parameters.values())).device
-        self._alive = torch.ones((), dtype=torch.bool, device=device)
+        self._none = torch.zeros((), dtype=torch.float64, device=device)
+        self._spoilt = torch.zeros((), dtype=torch.float64, device=device)
+        """0; NaN from the first g on that is not finite."""
         self._owed: Owed | None = None
 
     @torch.no_grad()
@@ -80,10 +82,10 @@ class FusedSteps:
         points = (Point(draw, self._eps), Point(draw, -self._eps))
         pair = self._forward.logits_at(prepared, scope, points, self._owed)
         self._owed = None
-        plus, minus = (task_loss(logits, prepared.scored).double() for logits in pair)
+        plus, minus = task_loss(pair, prepared.scored).double()
         g = (plus - minus) / (2 * self._eps)
-        self._alive &= g.isfinite()
-        alpha = torch.where(self._alive, g * -lr, 0.0).float()
+        self._spoilt.add_(g, alpha=0)
+        alpha = (g * -lr + self._spoilt).nan_to_num(nan=0.0).float()
         before = (
             {n: scope.master[n].to(p.dtype, copy=True) for n, p in scope.parameters.items()}
             if count
@@ -92,9 +94,9 @@ class FusedSteps:
         self._owed = Owed(draw, alpha)
         if settle or count or not self._forward.pairs(scope):
             self.settle()
-        changed = torch.zeros_like(g)
+        changed = self._none
         for name, weights in before.items():
-            changed += (scope.parameters[name] != weights).sum()
+            changed = changed + (scope.parameters[name] != weights).sum()
         values = torch.empty(4, dtype=torch.float64, pin_memory=True)
         values.copy_(torch.stack((g, plus, minus, changed)), non_blocking=True)
         arrived = torch.cuda.Event()

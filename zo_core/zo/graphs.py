@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from zo_core.zo.attention import Copies
-from zo_core.zo.packing import Packing, upload
+from zo_core.zo.packing import Packing
 
 FINEST = 16
 """Tokens are rounded up to a multiple of this."""
@@ -105,7 +105,12 @@ class Slots:
     """The static row of a bucket, its graph once captured, and the graph's output."""
 
     row: Row
-    packing: StaticPacking
+    borders: torch.Tensor
+    """int32 [2, copies x segments + 1]: those of queries and keys."""
+    key_index: torch.Tensor
+    """int64 [copies, keys]; empty where none are shared."""
+    starts: torch.Tensor
+    """int64 [copies, 1]: where each copy begins."""
     seen: int = 0
     graph: torch.cuda.CUDAGraph | None = None
     output: torch.Tensor | None = None
@@ -215,26 +220,22 @@ class GraphedForward:
         def ints(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=self._device)
 
-        borders = copies * bucket.segments + 1
+        borders = ints(2, copies * bucket.segments + 1, dtype=torch.int32)
+        key_index = ints(copies, bucket.keys if bucket.shared else 0)
+        starts = torch.arange(copies, device=self._device) * bucket.tokens
         packing = StaticPacking(
-            shared=bucket.shared,
-            longest_query=bucket.longest_query,
-            query_borders=ints(borders, dtype=torch.int32),
-            key_borders=ints(borders, dtype=torch.int32),
-            key_index=ints(copies * bucket.keys if bucket.shared else 0),
+            *(bucket.shared, bucket.longest_query, borders[0], borders[1], key_index.flatten())
         )
         row = Row(
             ids=ints(1, copies * bucket.tokens),
             positions=ints(1, copies * bucket.tokens),
             # Of each copy its first token, so that spare places are pairs, too.
-            places=(torch.arange(copies, device=self._device) * bucket.tokens).repeat_interleave(
-                bucket.places
-            ),
+            places=starts.repeat_interleave(bucket.places),
             hidden=self._hidden(copies * bucket.tokens) if bucket.cached else None,
             packing=packing,
             copies=copies,
         )
-        return Slots(row, packing)
+        return Slots(row, borders, key_index, starts[:, None])
 
     def _hidden(self, tokens: int) -> torch.Tensor:
         """Hidden states [1, tokens, H] at the start of what all buckets share."""
@@ -257,8 +258,7 @@ class GraphedForward:
         tokens, copies, row = ids.shape[1], bucket.copies, slots.row
         row.ids.view(copies, -1)[:, :tokens] = ids
         row.positions.view(copies, -1)[:, :tokens] = positions
-        offsets = torch.arange(copies, device=self._device)[:, None] * bucket.tokens
-        row.places.view(copies, -1)[:, : len(places)] = places + offsets
+        torch.add(places, slots.starts, out=row.places.view(copies, -1)[:, : len(places)])
         if row.hidden is not None and hidden is not None:
             row.hidden.view(copies, bucket.tokens, -1)[:, :tokens] = hidden
         borders = [
@@ -270,17 +270,20 @@ class GraphedForward:
                 copies,
             ),
         ]
-        both = upload(torch.tensor(borders, dtype=torch.int32), self._device)
-        slots.packing.query_borders.copy_(both[0])
-        slots.packing.key_borders.copy_(both[1])
+        self._send(torch.tensor(borders, dtype=torch.int32), slots.borders)
         if bucket.shared:
             # What no segment reads must be a token all the same; a full bucket has none to spare.
             spare = min(tokens, bucket.tokens - 1)
             found = torch.full((bucket.keys,), spare, dtype=torch.int64)
             known = [k for keys in packing.keys for k in keys]
             found[: len(known)] = torch.tensor(known)
-            index = upload(found, self._device)
-            slots.packing.key_index.view(copies, -1).copy_(index + offsets)
+            offsets = torch.arange(copies)[:, None] * bucket.tokens
+            self._send(found + offsets, slots.key_index)
+
+    def _send(self, values: torch.Tensor, place: torch.Tensor) -> None:
+        """Values of the host to a static place, without waiting for the copy."""
+        pinned = values.pin_memory() if self._device.type == "cuda" else values
+        place.copy_(pinned, non_blocking=True)
 
     def _capture(self, slots: Slots) -> None:
         if self.graphs >= MOST_GRAPHS:

@@ -22,7 +22,7 @@ from zo_core.models.load import LoadedModel
 from zo_core.tasks.scoring import task_loss
 from zo_core.tasks.templates import Example
 from zo_core.zo.forward import FastForward
-from zo_core.zo.packing import common_start
+from zo_core.zo.packing import common_start, start_of_all
 from zo_core.zo.reference import Forward, Prepared, ReferenceForward
 from zo_core.zo.scope import Point, TunedScope
 
@@ -75,6 +75,7 @@ class LayerwiseBatch:
                 logits = self._forward.logits(self.prepared)
         self._inputs = outputs
         self._base = [self._tokens(h, 1)[0] for h in outputs]
+        self._share = self._shares(examples, len(self._base[0]))
         self._norms = [h.float().norm(dim=-1).clamp(min=torch.finfo().tiny) for h in self._base]
         self._log_probability = logits.float().log_softmax(-1)
         self.loss = float(task_loss(logits, self.prepared.scored))
@@ -111,7 +112,7 @@ class LayerwiseBatch:
             self._at(layer, scope, points)
         return float(torch.stack([own[0] for own in changes]).mean())
 
-    def _at(self, layer: int, scope: TunedScope, points: Sequence[Point]) -> list[torch.Tensor]:
+    def _at(self, layer: int, scope: TunedScope, points: Sequence[Point]) -> torch.Tensor:
         prepared = self.prepared
         if isinstance(self._forward, FastForward):
             self._forward.begin_at(layer)
@@ -144,7 +145,7 @@ class LayerwiseBatch:
                 for states in self._tokens(hidden, copies):
                     moved = (states.float() - self._base[block].float()).norm(dim=-1)
                     waiting = next(c for c in changes if len(c) == block - layer)
-                    waiting.append((moved / self._norms[block]).mean())
+                    waiting.append((moved / self._norms[block]) @ self._share)
                 if stop and changes[-1]:
                     raise _Enough
 
@@ -160,6 +161,16 @@ class LayerwiseBatch:
             return [hidden[self._place]]
         return list(hidden[0].chunk(copies))
 
+    def _shares(self, examples: Sequence[Example], tokens: int) -> torch.Tensor:
+        """Float32 [T]: what each token counts in a mean over the tokens of all examples.
+
+        A packed row holds the start that all examples share once, and first.
+        """
+        shares = torch.ones(tokens, device=self._loaded.device)
+        if self._place is None:
+            shares[: start_of_all([e.rows for e in examples])] = len(examples)
+        return shares / shares.sum()
+
     def _kl(self, logits: torch.Tensor) -> float:
         base = self._log_probability
         return float((base.exp() * (base - logits.float().log_softmax(-1))).sum(-1).mean())
@@ -172,7 +183,7 @@ class _Enough(Exception):  # noqa: N818 - a signal, not an error
 def _places(
     examples: Sequence[Example], prepared: Prepared, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row and column, in the padded layout, of each token that the packed row holds, in its order.
+    """Row and column, in the padded layout, of each token of each example, a shared prompt's once.
 
     So the relative changes of both paths are means over the same tokens.
     """

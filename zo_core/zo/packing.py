@@ -1,8 +1,8 @@
 """Packing: the token rows of a batch as one row without padding.
 
 A packed batch is a list of *segments* laid end to end in one row of T tokens. A segment is a whole
-sequence, or what one candidate adds to the prompt of another: then its queries also see the
-prompt's keys, which are computed once.
+sequence, or what a row adds to the start that it shares with another (a candidate to its prompt, an
+example to its template): then its queries also see the keys of that start, which are computed once.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,8 @@ from functools import cached_property
 from itertools import accumulate
 
 import torch
+
+from zo_core.upload import upload
 
 
 @dataclass(frozen=True)
@@ -124,13 +126,14 @@ class Packing:
 
 
 def pack(
-    rows: Sequence[Sequence[tuple[int, ...]]], device: torch.device
+    rows: Sequence[Sequence[tuple[int, ...]]], device: torch.device, start: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, Packing, torch.Tensor]:
     """Lay token rows end to end; within a group, a row adds only what follows the common start.
 
     Args:
         rows: groups (examples) of token rows.
         device: where tensors go.
+        start: how many tokens of :func:`start_of_all` the first group has for all others, too.
 
     Returns:
         Token ids int64 [1, T]; positions int64 [1, T]; the packing; and int64 [R, L], the packed
@@ -144,10 +147,9 @@ def pack(
     for group in rows:
         first_of_group = len(places)
         for number, row in enumerate(group):
-            known = places[first_of_group] if number else ()
-            common = common_start(group[0], row) if number else 0
-            start = len(ids)
-            own = range(start, start + len(row) - common)
+            known = places[first_of_group if number else 0] if places else ()
+            common = common_start(group[0], row) if number else start if places else 0
+            own = range(len(ids), len(ids) + len(row) - common)
             places.append((*known[:common], *own))
             if not own:
                 continue
@@ -156,15 +158,14 @@ def pack(
             lengths.append(len(own))
             keys.append(places[-1] if common else own)
     packing = Packing(device, tuple(lengths), tuple(keys))
-    both = upload(torch.tensor([ids, positions]), device)
+    (both,) = upload([torch.tensor([ids, positions])], device)
     return both[:1], both[1:], packing, _padded(places, torch.device("cpu"))
 
 
-def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host on a device; from pinned memory, so that nobody waits for the copy."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+def start_of_all(rows: Sequence[Sequence[tuple[int, ...]]]) -> int:
+    """How many tokens the first rows of all groups begin with alike: a template, a BOS token."""
+    first = rows[0][0]
+    return min(common_start(first, group[0]) for group in rows)
 
 
 def common_start(one: Sequence[int], other: Sequence[int]) -> int:
@@ -178,9 +179,9 @@ def common_start(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def _borders(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
-    return upload(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
+    return upload([torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)], device)[0]
 
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
     width = max(map(len, rows))
-    return upload(torch.tensor([[*row, *[0] * (width - len(row))] for row in rows]), device)
+    return upload([torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])], device)[0]

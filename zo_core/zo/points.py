@@ -10,17 +10,23 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from zo_core.upload import upload
 from zo_core.zo.grouped import Group, Groups
 from zo_core.zo.noise import key
 from zo_core.zo.scope import Draw, Point, TunedScope
 
+_keys: WeakKeyDictionary[TunedScope, tuple[Draw, torch.Tensor]] = WeakKeyDictionary()
+"""The keys that a scope was perturbed with last: its update asks for them again."""
+
 
 def keys_on_device(scope: TunedScope, draw: Draw) -> torch.Tensor:
     """Philox keys of a scope's parameters, int64 [P], in their order."""
-    keys = [key(draw.seed, draw.step, name, draw.direction) for name in scope.parameters]
-    signed = torch.tensor(keys, dtype=torch.uint64).view(torch.int64)
-    device = next(iter(scope.parameters.values())).device
-    return signed.pin_memory().to(device, non_blocking=True)
+    if scope not in _keys or _keys[scope][0] != draw:
+        keys = [key(draw.seed, draw.step, name, draw.direction) for name in scope.parameters]
+        signed = torch.tensor(keys, dtype=torch.uint64).view(torch.int64)
+        device = next(iter(scope.parameters.values())).device
+        _keys[scope] = draw, upload([signed], device)[0]
+    return _keys[scope][1]
 
 
 def fusible(scope: TunedScope, noise: str) -> bool:
@@ -107,12 +113,12 @@ def write_points(
         return
     from zo_core.zo.kernels.noise import perturb, perturb_pair, step_pair
 
+    before = None if owed is None else keys_on_device(scope, owed.draw)
     keys = keys_on_device(scope, draw)
-    before = keys if owed is None else keys_on_device(scope, owed.draw)
     for group in _groups_of(scope, out):
         if len(points) == 1:
             perturb(draw.noise, group, keys, eps)
-        elif owed is None:
+        elif owed is None or before is None:
             perturb_pair(draw.noise, group, keys, eps)
         else:
             step_pair(draw.noise, group, before, keys, owed.alpha, eps)

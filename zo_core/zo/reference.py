@@ -47,8 +47,8 @@ class Forward(Protocol):
 
     def logits_at(
         self, prepared: Prepared, scope: TunedScope, points: Sequence[Point]
-    ) -> list[torch.Tensor]:
-        """Logits [U, V] at every point; the working weights are left in an unspecified state."""
+    ) -> torch.Tensor:
+        """Logits [n, U, V] at n points; the working weights are left in an unspecified state."""
 
     def give_up(self) -> str | None:
         """Free device memory for good without changing a bit of what is computed.
@@ -63,13 +63,13 @@ class Forward(Protocol):
 
 def one_by_one(
     forward: Forward, prepared: Prepared, scope: TunedScope, points: Sequence[Point]
-) -> list[torch.Tensor]:
-    """Logits at every point, one forward pass each."""
+) -> torch.Tensor:
+    """Logits [n, U, V] at n points, one forward pass each."""
     found = []
     for point in points:
         move_to(scope, point)
         found.append(forward.logits(prepared))
-    return found
+    return torch.stack(found)
 
 
 class ReferenceForward:
@@ -109,8 +109,8 @@ class ReferenceForward:
 
     def logits_at(
         self, prepared: Prepared, scope: TunedScope, points: Sequence[Point]
-    ) -> list[torch.Tensor]:
-        """Logits [U, V] at every point, one forward pass each."""
+    ) -> torch.Tensor:
+        """Logits [n, U, V] at n points, one forward pass each."""
         return one_by_one(self, prepared, scope, points)
 
     def give_up(self) -> str | None:
