@@ -7,8 +7,8 @@ Times are of whole steps, perturbation, update and host work included: the clock
 synchronisation with the device to the next. Ours is the training loop itself, ledger included: its
 time is that of some rounds of batches, divided. Beside it stands the floor: the matrix products of
 the blocks from the tuned one up for all tokens of the same batches, of which ours leaves out most
-of the last block's. It takes its turn, as many times in a row as our steps: at its power limit a
-GPU is slower than in its first milliseconds.
+of the last block's, and of the head at the scored places. It takes its turn, as many times in a row
+as our steps: at its power limit a GPU is slower than in its first milliseconds.
 """
 
 import gc
@@ -92,7 +92,8 @@ class TaskTimes:
     :func:`zo_core.zo.rounding.fp8_error`."""
     path: str
     floor: float
-    """Milliseconds of the matrix products alone: blocks from the tuned one up, both points."""
+    """Milliseconds of the matrix products with weights alone: blocks from the tuned one up and
+    the head at the scored places, both points."""
     flops: float
     """Floating-point operations of those products."""
 
@@ -231,7 +232,7 @@ class _TaskBench:
         try:
             fast, path = self._path(scope, "model")
             peaks["ours"] = self._warm_up(fast, scope)
-            floor = ProductFloor(loaded.decoder.blocks[self._layer :], [2 * n for n in tokens])
+            floor = self._floor(fast, tokens)
             flops = floor.flops
             times: dict[str, list[float]] = {name: [] for name in (*peaks, "floor")}
             for number in range(rounds):
@@ -358,6 +359,16 @@ class _TaskBench:
             lambda _step: False,
         )
         return (clock.now() - began) / steps
+
+    def _floor(self, fast: FastForward, tokens: Sequence[int]) -> ProductFloor:
+        """Of the tuned block, those above it and the head, for both points."""
+        places = [len(fast.prepare(batch).scored.position) for batch in self._batches]
+        return ProductFloor(
+            self._loaded.decoder.blocks[self._layer :],
+            self._loaded.model.get_output_embeddings(),  # type: ignore[operator]
+            [2 * n for n in tokens],
+            [2 * n for n in places],
+        )
 
     def _products(self, floor: ProductFloor) -> float:
         """Milliseconds of the products alone."""
