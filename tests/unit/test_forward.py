@@ -9,6 +9,7 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -375,3 +376,20 @@ def test_a_template_is_computed_once(demo: LoadedModel) -> None:
     assert packing is not None
     alone = sum(FastForward(demo, 3).prepare([e]).input_ids.shape[1] for e in TEMPLATE)
     assert packing.tokens == alone - 3 * 3
+
+
+def test_what_is_compiled(demo: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frozen blocks above the tuned one, and the final norm after them; nothing that is tuned."""
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(torch, "compile", lambda run, **_: compiled.append(run.__self__) or run)
+    blocks, norm = demo.decoder.blocks, demo.model.get_submodule("model.norm")
+    fast = FastForward(demo, 13, compiled=True, tuned=scope_parameters(demo, 13))
+    assert compiled == [*blocks[14:], norm, blocks[13]]
+    assert "compiled" in fast.extras
+    compiled.clear()
+    FastForward(demo, 13, compiled=True, tuned=["model.norm.weight"])
+    assert compiled == list(blocks[14:])
+    compiled.clear()
+    last = FastForward(demo, 15, compiled=True, tuned=scope_parameters(demo, 15))
+    assert compiled == [blocks[15]]
+    assert "compiled" not in last.extras, "no frozen block is"

@@ -40,6 +40,13 @@ def test_a_start_that_all_share_is_there_once() -> None:
     assert places[-1].tolist() == [0, 1, 0, 0]
 
 
+def test_a_start_of_few_tokens_is_left_where_it_is() -> None:
+    """One of a hundred, which attention over shared keys would outweigh."""
+    rows = [[(1, *range(2 + i, 101 + i))] for i in range(16)]
+    assert start_of_all(rows) == 0
+    assert start_of_all([[row[:30]] for (row,) in rows]) == 1
+
+
 @given(st.lists(st.lists(TOKENS, min_size=1, max_size=3), min_size=1, max_size=5), st.booleans())
 def test_every_token_sees_the_row_before_it(
     rows: list[list[tuple[int, ...]]], shared: bool

@@ -45,6 +45,7 @@ def test_what_memory_is_too_short_for_is_left_out(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(bench, "BATCHES", 1)
     monkeypatch.setattr(bench, "ROUNDS", {"cpu": 1})
     step, fits = bench.PublishedMezo.step, [True]
+    kept: list[str] = []
 
     def refuse(arm: bench.PublishedMezo, batch: object, *rest: object) -> float:
         if not fits[0]:
@@ -57,7 +58,9 @@ def test_what_memory_is_too_short_for_is_left_out(monkeypatch: pytest.MonkeyPatc
         ["sst2", "copa"],
         device="cpu",
         say=lambda line: fits.__setitem__(0, not line.endswith("copa")),
+        keep=lambda result: kept.append(markdown(result)),
     )
+    assert kept[-1] == markdown(found), "what is kept names it, too"
     assert [t["task"] for t in found["tasks"]] == ["sst2"]
     assert found["short"] == ["copa"]
     assert "Memory was too short for copa." in markdown(found)

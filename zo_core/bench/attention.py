@@ -18,7 +18,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from zo_core.bench.shapes import LENGTHS, build, examples
 from zo_core.errors import UserError
-from zo_core.zo.packing import Packing, pack
+from zo_core.zo.packing import Packing, pack, start_of_all
 
 HEADS = {"LLaMA2-7B": (32, 32, 128), "Qwen3-8B": (32, 8, 128), "demo": (4, 4, 64)}
 """Query heads, key heads and their width."""
@@ -43,7 +43,8 @@ def time_attention(data_dir: Path | None) -> dict[str, dict[str, dict[str, float
     found: dict[str, dict[str, dict[str, float]]] = {}
     for task in LENGTHS:
         rows, _ = examples(task, demo, BATCH, data_dir)
-        packing = pack([e.rows for e in rows], demo.device)[2].repeated(2)
+        groups = [e.rows for e in rows]
+        packing = pack(groups, demo.device, start_of_all(groups))[2].repeated(2)
         found[task] = {}
         for model, (heads, key_heads, width) in HEADS.items():
             query, key, value = (

@@ -182,6 +182,7 @@ def run_step_bench(
             short.append(task)
         else:
             found.append(times.as_dict(peak))
+        if found:
             keep(result)
     if not found:
         raise UserError(f"shape: {shape} and the published step need more memory than is here.")

@@ -64,8 +64,9 @@ class Tuning:
     each candidate, taken to be two; adamw keeps 2 T H s a layer for the way back; of an fp8 suffix
     they are float32."""
     logits: int
-    """8 n R V for R rows: float32 logits at one place a row, and their log-softmax. On the
-    reference path 2 T V s, as every position has logits, and three times that with a gradient."""
+    """8 n R V for R rows: float32 logits at one place a row, and their log-softmax; of at most 2
+    points where they do not run side by side. On the reference path 2 T V s, as every position has
+    logits, and three times that with a gradient."""
     graphs: int
     """On a GPU: a pool as large as ``activations`` and ``logits`` that all graphs
     share, and 2 n T H s of static input."""
@@ -154,7 +155,7 @@ def tuning(
     activations = batch * (3 * info.hidden_size + 3 * wide) * (FP32 if fp8 else size)
     if first_order:
         activations += info.n_layers * batch * info.hidden_size * size
-    logits = 2 * (points if paired else 1) * rows * info.vocab_size * FP32
+    logits = 2 * (points if paired else min(points, 2)) * rows * info.vocab_size * FP32
     if plain:
         logits = batch * info.vocab_size * size * (3 if first_order else 1)
     graphed = gpu and not plain

@@ -68,11 +68,10 @@ class FastForward:
         blocks = loaded.decoder.blocks
         of_block = {i: f"{prefix}.{i}." for i in range(len(blocks))}
         held = {i for i, own in of_block.items() if any(n.startswith(own) for n in tuned)}
-        above = [block for i, block in enumerate(blocks) if i > layer and i not in held]
+        above = [b for i, b in enumerate(blocks) if compiled and i > layer and i not in held]
         self._compiled = {
             module: torch.compile(module.forward, dynamic=True)
-            for module in (*above, *_frozen_norms(loaded, tuned))
-            if compiled
+            for module in (*above, *(_frozen_norms(loaded, tuned) if above else ()))
         }
         self._whole = {
             f"{prefix}.{i}": torch.compile(blocks[i].forward, dynamic=True)
@@ -312,7 +311,7 @@ class FastForward:
 
 
 def _frozen_norms(loaded: LoadedModel, tuned: Collection[str]) -> list[nn.Module]:
-    """The norms beside the list of blocks, of which nothing is tuned: the final one."""
+    """The norms beside the list of blocks of which nothing is tuned; the final one is there."""
     parent, _, _ = loaded.decoder.prefix.rpartition(".")
     beside = loaded.model.get_submodule(parent).named_children()
     name = f"{parent}." if parent else ""

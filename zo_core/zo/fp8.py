@@ -242,9 +242,9 @@ class PairsInFp8:
         """How many linear layers are in fp8."""
         return sum(kind is _PairLinear for kind in self._kinds.values())
 
-    def runs(self, block: nn.Module) -> bool:
-        """Whether a block is one of those."""
-        return block in self._forwards
+    def runs(self, module: nn.Module) -> bool:
+        """Whether a block is one of those, or another module is another meanwhile."""
+        return module in self._forwards or module in self._kinds
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -60,8 +60,8 @@ class FusedSteps:
         self._forward, self._scope, self._eps = forward, scope, eps
         device = next(iter(scope.parameters.values())).device
         self._none = torch.zeros((), dtype=torch.float64, device=device)
-        self._spoilt = torch.zeros((), dtype=torch.float64, device=device)
-        """0; NaN from the first g on that is not finite."""
+        self._sound = torch.ones((), dtype=torch.float64, device=device)
+        """1; NaN from the first g on that is not finite."""
         self._owed: Owed | None = None
 
     @torch.no_grad()
@@ -84,8 +84,8 @@ class FusedSteps:
         self._owed = None
         plus, minus = task_loss(pair, prepared.scored).double()
         g = (plus - minus) / (2 * self._eps)
-        self._spoilt.add_(g, alpha=0)
-        alpha = (g * -lr + self._spoilt).nan_to_num(nan=0.0).float()
+        self._sound.add_(g, alpha=0)
+        alpha = (g * -lr * self._sound).nan_to_num(nan=0.0).float()
         before = (
             {n: scope.master[n].to(p.dtype, copy=True) for n, p in scope.parameters.items()}
             if count

@@ -22,8 +22,10 @@ from zo_core.zo.packing import Packing
 FINEST = 16
 """Tokens are rounded up to a multiple of this."""
 
-STEPS = 32
-"""Further up, buckets are this share of their power of two apart: at most 3 % of padding."""
+STEPS = 128
+"""Further up, buckets are this share of their power of two apart: at most 1 % of padding. There a
+bucket that comes once, and so has no graph, loses little: its kernels take longer than launching
+them."""
 
 CAPTURE_AT = 2
 """A bucket is captured when it is seen for this time: rare ones are not worth it."""

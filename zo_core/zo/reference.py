@@ -65,11 +65,14 @@ def one_by_one(
     forward: Forward, prepared: Prepared, scope: TunedScope, points: Sequence[Point]
 ) -> torch.Tensor:
     """Logits [n, U, V] at n points, one forward pass each."""
-    found = []
-    for point in points:
+    found = torch.empty(0)
+    for number, point in enumerate(points):
         move_to(scope, point)
-        found.append(forward.logits(prepared))
-    return torch.stack(found)
+        logits = forward.logits(prepared)
+        if not number:
+            found = logits.new_empty(len(points), *logits.shape)
+        found[number] = logits.detach()
+    return found
 
 
 class ReferenceForward:
