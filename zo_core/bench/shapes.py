@@ -87,6 +87,7 @@ def build(shape: str, device: str = "auto", dtype: str = "auto") -> tuple[Loaded
     decoder = find_decoder(model)
     info = replace(
         describe("demo"),
+        architecture=type(model).__name__,
         n_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
