@@ -18,10 +18,11 @@ from tests.integration.conftest import Answer, CommandLine
 from zo_core.runs import Run
 
 pytestmark = pytest.mark.timeout(300)
-STEPS, CHECKPOINT_EVERY = 60, 25
+STEPS, CHECKPOINT_EVERY = 120, 25
+"""Four seconds of steps: whoever kills a run half way may be held up himself."""
 SPEC: tuple[object, ...] = (
     *("--task", "reviews", "--scope", "layer:13", "--steps", STEPS, "--batch-size", 4),
-    *("--train-examples", 64, "--dev-examples", 10, "--eval-examples", 20, "--eval-every", 15),
+    *("--train-examples", 64, "--dev-examples", 10, "--eval-examples", 20, "--eval-every", 30),
     *("--weight-decay", 0.01, "--checkpoint-every", CHECKPOINT_EVERY, "--seed", 7),
 )
 FULL: tuple[object, ...] = (
@@ -87,7 +88,9 @@ def start(cli: CommandLine, *arguments: object) -> tuple["subprocess.Popen[str]"
 
 def kill_worker(run: Run) -> int:
     """Kill the worker process that has the run, as the kernel would for want of memory."""
-    process = run.status().process
+    status = run.status()
+    assert status.live, (status, run.log_text())
+    process = status.process
     assert process is not None
     assert process.pid != os.getpid()
     os.kill(process.pid, signal.SIGKILL)
@@ -98,7 +101,6 @@ def stop(cli: CommandLine, arguments: tuple[object, ...], when: Callable[[Run], 
     """A run whose worker is killed at the given moment."""
     command, run = start(cli, *arguments)
     until(lambda: when(run) or not run.status().live, 120)
-    assert run.status().live, (run.status(), run.log_text())
     kill_worker(run)
     answer = cli.end(command).expect(1)
     assert answer.json["state"] == run.status().state == "interrupted"
