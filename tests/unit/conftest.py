@@ -1,11 +1,14 @@
 """The bundled model on the CPU, and on the GPU where there is one."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import settings
 
 from zo_core.jobs import ModelFields
 from zo_core.models.load import LoadedModel, load
+from zo_core.settings import settings as app_settings
 from zo_core.tasks.data import load_task
 from zo_core.tasks.templates import Example, encode
 
@@ -14,6 +17,14 @@ settings.register_profile("unit", deadline=None)
 settings.load_profile("unit")
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(scope="module")
+def own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A run store for the tests of a file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app_settings(), "cache_dir", tmp_path_factory.mktemp("cache"))
+        yield
 
 
 @pytest.fixture(scope="session", params=DEVICES)

@@ -10,7 +10,7 @@ import torch
 from zo_core.bench.attention import time_attention
 from zo_core.bench.shapes import LENGTHS
 from zo_core.zo.last_block import _queries_at
-from zo_core.zo.packing import Packing, pack, start_of_all
+from zo_core.zo.packing import Packing, pack, shared_start
 
 pytestmark = pytest.mark.gpu
 ERROR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -33,7 +33,7 @@ def _packing(seed: int, longest: int, shared: bool) -> Packing:
         answers = range(3 if shared else 1)
         rows = [prompt + [100 + a] * draw.randint(1, 5) for a in answers]
         groups.append([(*range(3), *row) if shared else tuple(row) for row in rows])
-    return pack(groups, torch.device("cuda"), start_of_all(groups))[2]
+    return pack(groups, torch.device("cuda"), shared_start(groups))[2]
 
 
 def _states(packing: Packing, heads: int, width: int, dtype: torch.dtype) -> torch.Tensor:

@@ -21,7 +21,7 @@ from zo_core.tasks.evaluate import evaluate
 from zo_core.tasks.scoring import candidate_scores, task_loss
 from zo_core.tasks.templates import encode_rows
 from zo_core.zo.forward import FastForward
-from zo_core.zo.packing import start_of_all
+from zo_core.zo.packing import shared_start
 from zo_core.zo.reference import ReferenceForward
 
 KEYS = {"squad": {"f1", "em"}, "drop": {"f1", "em"}, "multirc": {"accuracy", "f1a"}}
@@ -116,7 +116,7 @@ def test_gold_loss_is_the_mean_over_tokens_then_examples(
     training = encode_rows(info, ROWS[task], demo.tokenizer, demo.context, training=True)
     wanted = [gold_loss(demo, e.candidates[0].tokens, e.candidates[0].start) for e in training]
     prepared = forward.prepare(training)
-    start = start_of_all([e.rows for e in training]) * (len(training) - 1)
+    start = shared_start([e.rows for e in training]) * (len(training) - 1)
     most = sum(len(e.rows[0]) for e in training) - start
     held = prepared.input_ids.shape
     assert held == ((1, most) if path is FastForward else (len(training), held[1])), "gold only"

@@ -6,7 +6,6 @@ The runs are made once, with the recipe itself, on the bundled model.
 import gzip
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,19 +37,14 @@ from zo_core.zo.checkpoint import read_checkpoint, save_checkpoint
 from zo_core.zo.scopes import select
 from zo_core.zo.trainer import make_optimizer, make_scope
 
+pytestmark = pytest.mark.usefixtures("own_store")
+
 FOLDERS = {"model", "adapter"}
 TOKENS = torch.tensor([[5, 99, 1200, 7, 8000, 42]])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(settings(), "cache_dir", tmp_path_factory.mktemp("cache"))
-        yield
-
-
 @pytest.fixture(scope="module")
-def tuned() -> dict[str, Run]:
+def tuned(own_store: None) -> dict[str, Run]:
     """A finished run of each scope."""
     return {scope: finished(scope) for scope in SCOPES}
 

@@ -1,7 +1,6 @@
 """Where exports go: what may be replaced, what is refused, and what a failure leaves behind."""
 
 import errno
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,16 +15,11 @@ from zo_core.recipes import export_model
 from zo_core.runs import Run
 from zo_core.settings import settings
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(settings(), "cache_dir", tmp_path_factory.mktemp("cache"))
-        yield
+pytestmark = pytest.mark.usefixtures("own_store")
 
 
 @pytest.fixture(scope="module")
-def tuned() -> dict[str, Run]:
+def tuned(own_store: None) -> dict[str, Run]:
     """A finished run of each of two scopes."""
     return {scope: finished(scope) for scope in ("layer:3", "lora:3")}
 

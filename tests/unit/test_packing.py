@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from zo_core.tasks.templates import Candidate, Example
 from zo_core.zo.last_block import _queries_at
-from zo_core.zo.packing import Packing, pack, start_of_all
+from zo_core.zo.packing import Packing, pack, shared_start
 
 TOKENS = st.lists(st.integers(1, 3), min_size=1, max_size=5).map(tuple)
 
@@ -31,7 +31,7 @@ def test_candidates_add_only_what_differs() -> None:
 def test_a_start_that_all_share_is_there_once() -> None:
     """A template, or a BOS token: others than the first group point back at it."""
     rows = [[(1, 2, 3, 4), (1, 2, 5)], [(1, 2, 6), (1, 7)], [(1, 2)]]
-    assert start_of_all(rows) == 2
+    assert shared_start(rows) == 2
     ids, positions, packing, places = pack(rows, torch.device("cpu"), 2)
     assert ids.tolist() == [[1, 2, 3, 4, 5, 6, 7]]
     assert positions.tolist() == [[0, 1, 2, 3, 2, 2, 1]]
@@ -43,8 +43,8 @@ def test_a_start_that_all_share_is_there_once() -> None:
 def test_a_start_of_few_tokens_is_left_where_it_is() -> None:
     """One of a hundred, which attention over shared keys would outweigh."""
     rows = [[(1, *range(2 + i, 101 + i))] for i in range(16)]
-    assert start_of_all(rows) == 0
-    assert start_of_all([[row[:30]] for (row,) in rows]) == 1
+    assert shared_start(rows) == 0
+    assert shared_start([[row[:30]] for (row,) in rows]) == 1
 
 
 @given(st.lists(st.lists(TOKENS, min_size=1, max_size=3), min_size=1, max_size=5), st.booleans())
@@ -52,7 +52,7 @@ def test_every_token_sees_the_row_before_it(
     rows: list[list[tuple[int, ...]]], shared: bool
 ) -> None:
     """Whatever rows have in common, a segment's keys spell a row up to where it ends."""
-    start = start_of_all(rows) if shared else 0
+    start = shared_start(rows) if shared else 0
     ids, positions, packing, places = pack(rows, torch.device("cpu"), start)
     flat = [row for group in rows for row in group]
     for row, where in zip(flat, places.tolist(), strict=True):

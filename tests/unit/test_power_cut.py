@@ -3,7 +3,7 @@
 import json
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from zo_core.jobs import TuneJob
 from zo_core.progress import Cancelled, JobContext
 from zo_core.recipes.tune import run_tune
 from zo_core.runs import Run
-from zo_core.settings import settings
 from zo_core.zo.checkpoint import BEST, NAME, step_of
+
+pytestmark = pytest.mark.usefixtures("own_store")
 
 JOB = TuneJob(
     scope="layer:14",
@@ -43,21 +44,14 @@ def go(run: Run) -> Run:
     return run
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(settings(), "cache_dir", tmp_path_factory.mktemp("power-cut"))
-        yield
-
-
 @pytest.fixture(scope="module")
-def uninterrupted(_own_store: None) -> Run:
+def uninterrupted(own_store: None) -> Run:
     """The run that nothing happens to."""
     return go(runs.create(JOB, None))
 
 
 @pytest.fixture(scope="module")
-def cancelled(_own_store: None) -> Run:
+def cancelled(own_store: None) -> Run:
     """A run that was cancelled some steps after its first checkpoint, and saved where it was."""
     run = runs.create(JOB, None)
     appended = Run.append_metrics

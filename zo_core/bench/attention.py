@@ -18,7 +18,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from zo_core.bench.shapes import LENGTHS, build, examples
 from zo_core.errors import UserError
-from zo_core.zo.packing import Packing, pack, start_of_all
+from zo_core.zo.packing import Packing, pack, shared_start
 
 HEADS = {"LLaMA2-7B": (32, 32, 128), "Qwen3-8B": (32, 8, 128), "demo": (4, 4, 64)}
 """Query heads, key heads and their width."""
@@ -44,7 +44,7 @@ def time_attention(data_dir: Path | None) -> dict[str, dict[str, dict[str, float
     for task in LENGTHS:
         rows, _ = examples(task, demo, BATCH, data_dir)
         groups = [e.rows for e in rows]
-        packing = pack(groups, demo.device, start_of_all(groups))[2].repeated(2)
+        packing = pack(groups, demo.device, shared_start(groups))[2].repeated(2)
         found[task] = {}
         for model, (heads, key_heads, width) in HEADS.items():
             query, key, value = (

@@ -35,7 +35,7 @@ from zo_core.models.memory import tuning
 from zo_core.provenance import provenance
 from zo_core.tasks.templates import Example
 from zo_core.zo.forward import FastForward
-from zo_core.zo.packing import pack, start_of_all
+from zo_core.zo.packing import pack, shared_start
 from zo_core.zo.path import FP8_DRAWS, choose_forward
 from zo_core.zo.rounding import fp8_error
 from zo_core.zo.scope import Draw, TunedScope, scope_parameters
@@ -203,7 +203,7 @@ def _unless_short(run: Callable[[], TaskTimes]) -> TaskTimes | None:
 def _tokens(batch: Sequence[Example]) -> int:
     """Tokens of a batch as our path packs it."""
     rows = [e.rows for e in batch]
-    return pack(rows, torch.device("cpu"), start_of_all(rows))[2].tokens
+    return pack(rows, torch.device("cpu"), shared_start(rows))[2].tokens
 
 
 class _TaskBench:

@@ -25,7 +25,7 @@ from zo_core.zo.fp8 import PairsInFp8, standing_in
 from zo_core.zo.frozen import CHUNK, FrozenLayers
 from zo_core.zo.graphs import GraphedForward, Row
 from zo_core.zo.last_block import at_places
-from zo_core.zo.packing import pack, start_of_all
+from zo_core.zo.packing import pack, shared_start
 from zo_core.zo.paired import NotTokenwiseError, NotWholeError, paired
 from zo_core.zo.points import Owed, write_points
 from zo_core.zo.reference import Prepared, one_by_one
@@ -138,7 +138,7 @@ class FastForward:
         """Pack a batch and find its prefix in the cache, or compute it."""
         device = self._loaded.device
         rows = [e.rows for e in examples]
-        start = start_of_all(rows)
+        start = shared_start(rows)
         ids, positions, packing, places = pack(rows, device, start)
         _, scored = layout(
             examples,

@@ -60,6 +60,7 @@ class FusedSteps:
         self._forward, self._scope, self._eps = forward, scope, eps
         device = next(iter(scope.parameters.values())).device
         self._none = torch.zeros((), dtype=torch.float64, device=device)
+        """Changed weights of a step that does not count them."""
         self._sound = torch.ones((), dtype=torch.float64, device=device)
         """1; NaN from the first g on that is not finite."""
         self._owed: Owed | None = None

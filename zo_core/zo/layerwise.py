@@ -22,7 +22,7 @@ from zo_core.models.load import LoadedModel
 from zo_core.tasks.scoring import task_loss
 from zo_core.tasks.templates import Example
 from zo_core.zo.forward import FastForward
-from zo_core.zo.packing import common_start, start_of_all
+from zo_core.zo.packing import common_start, shared_start
 from zo_core.zo.reference import Forward, Prepared, ReferenceForward
 from zo_core.zo.scope import Point, TunedScope
 
@@ -168,7 +168,7 @@ class LayerwiseBatch:
         """
         shares = torch.ones(tokens, device=self._loaded.device)
         if self._place is None:
-            shares[: start_of_all([e.rows for e in examples])] = len(examples)
+            shares[: shared_start([e.rows for e in examples])] = len(examples)
         return shares / shares.sum()
 
     def _kl(self, logits: torch.Tensor) -> float:

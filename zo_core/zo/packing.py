@@ -146,7 +146,7 @@ def pack(
     Args:
         rows: groups (examples) of token rows.
         device: where tensors go.
-        start: how many tokens of :func:`start_of_all` the first group has for all others, too.
+        start: how many tokens of :func:`shared_start` the first group has for all others, too.
 
     Returns:
         Token ids int64 [1, T]; positions int64 [1, T]; the packing; and int64 [R, L], the packed
@@ -175,7 +175,7 @@ def pack(
     return both[:1], both[1:], packing, _padded(places, torch.device("cpu"))
 
 
-def start_of_all(rows: Sequence[Sequence[tuple[int, ...]]]) -> int:
+def shared_start(rows: Sequence[Sequence[tuple[int, ...]]]) -> int:
     """How many tokens that all groups begin with, a template or a BOS token, are computed once.
 
     0 where that saves less than :data:`WORTH_SHARING` of the tokens.
